@@ -1,0 +1,38 @@
+"""Gemma 2 for Keras 3, on JAX, TensorFlow and PyTorch.
+
+Importing the package itself is cheap; the first use of a public name imports Keras and registers all classes with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it; None for modules that are public themselves.
+_PUBLIC = {
+    "Gemma2Backbone": "keras_gemma2.backbone",
+    "Gemma2CausalLM": "keras_gemma2.causal_lm",
+    "Gemma2CausalLMPreprocessor": "keras_gemma2.preprocessor",
+    "Gemma2Config": "keras_gemma2.config",
+    "Gemma2Tokenizer": "keras_gemma2.tokenizer",
+    "layers": None,
+    "preset_names": "keras_gemma2.presets.registry",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'keras_gemma2' has no attribute {name!r}. Public names: {', '.join(__all__)}.")
+    importlib.import_module("keras_gemma2._registration")
+    module = _PUBLIC[name]
+    value = importlib.import_module("keras_gemma2.layers") if module is None else getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,174 @@
+"""The Gemma 2 decoder: token ids to hidden states."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import keras
+import keras_hub
+
+from keras_gemma2.config import Gemma2Config
+from keras_gemma2.from_preset import FromPreset
+from keras_gemma2.inputs import check_token_inputs
+from keras_gemma2.layers import (
+    AttentionMask,
+    DecoderBlock,
+    RMSNorm,
+    RotaryEmbedding,
+    TiedEmbedding,
+    token_positions,
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma2")
+class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
+    """The Gemma 2 transformer without its output projection.
+
+    A functional Keras model from `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` to the hidden states
+    after the final norm, `[B, T, D]` in the compute dtype. Padding may stand anywhere: the hidden states at the real
+    tokens are those of the row without padding.
+
+    Source: Gemma 2 technical report (arXiv 2408.00118).
+
+    Args:
+        vocabulary_size: rows of the tied embedding (V).
+        num_layers: decoder blocks.
+        num_query_heads: query heads a layer (N), a multiple of `num_key_value_heads`.
+        num_key_value_heads: key and value heads a layer (K).
+        hidden_dim: width of the residual stream (D).
+        intermediate_dim: width of one feed-forward gate (F); keras-hub's argument of this name is twice this.
+        head_dim: width of one head (H), even.
+        query_pre_attn_scalar: queries are multiplied by this to the power -0.5; None means `head_dim`. 144 for 27B.
+        sliding_window_size: keys a query of a local layer sees, with its own.
+        layer_types: "local" or "global" for each layer; None means local, global, local, ...
+        attention_logit_soft_cap: cap on attention scores; None switches it off.
+        final_logit_soft_cap: cap on the logits of `token_embedding(hidden, reverse=True)`; None switches it off.
+        layer_norm_epsilon: RMSNorm's epsilon.
+        rope_max_wavelength: base of the rotary frequencies.
+        max_sequence_length: longest context the model is meant for, in tokens.
+        dropout: rate on the embedding and on each branch, in training.
+        dtype: dtype or policy of weights and computation, e.g. "bfloat16", "mixed_bfloat16".
+
+    Raises:
+        ValueError: for an argument that makes no model, and on calls with token ids outside the vocabulary or shapes
+            that do not match.
+
+    Example:
+        >>> backbone = Gemma2Backbone(256, 2, 4, 2, 48, 96, 16)
+        >>> backbone({"token_ids": [[2, 5, 7]], "padding_mask": [[1, 1, 1]]}).shape
+        (1, 3, 48)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        num_query_heads: int,
+        num_key_value_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        head_dim: int,
+        query_pre_attn_scalar: float | None = None,
+        sliding_window_size: int = 4096,
+        layer_types: list[str] | None = None,
+        attention_logit_soft_cap: float | None = 50.0,
+        final_logit_soft_cap: float | None = 30.0,
+        layer_norm_epsilon: float = 1e-6,
+        rope_max_wavelength: float = 10000.0,
+        max_sequence_length: int = 8192,
+        dropout: float = 0.0,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        config = Gemma2Config(
+            vocabulary_size,
+            num_layers,
+            num_query_heads,
+            num_key_value_heads,
+            hidden_dim,
+            intermediate_dim,
+            head_dim,
+            query_pre_attn_scalar,
+            sliding_window_size,
+            layer_types,
+            attention_logit_soft_cap,
+            final_logit_soft_cap,
+            layer_norm_epsilon,
+            rope_max_wavelength,
+            max_sequence_length,
+            dropout,
+        )
+        _warn_about_float16(dtype)
+        self.config = config
+        self.token_embedding = TiedEmbedding(
+            vocabulary_size, hidden_dim, config.final_logit_soft_cap, dtype=dtype, name="token_embedding"
+        )
+        self.rotary_embedding = RotaryEmbedding(head_dim, rope_max_wavelength, dtype=dtype, name="rotary_embedding")
+        self.masks = {
+            kind: AttentionMask(config.window(kind), dtype=dtype, name=f"{kind}_attention_mask")
+            for kind in sorted(set(config.layer_types))
+        }
+        self.embedding_dropout = keras.layers.Dropout(dropout, dtype=self.token_embedding.stream_dtype, name="embedding_dropout") if dropout else None
+        self.transformer_layers = [
+            DecoderBlock(config, dtype=dtype, name=f"decoder_block_{i}") for i in range(config.num_layers)
+        ]
+        self.layer_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="final_norm")
+
+        inputs = {
+            "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
+            "padding_mask": keras.Input((None,), dtype="int32", name="padding_mask"),
+        }
+        super().__init__(inputs=inputs, outputs=self._forward(inputs), dtype=dtype, **kwargs)
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        positions = token_positions(inputs["padding_mask"])
+        masks = {kind: mask(positions, inputs["padding_mask"]) for kind, mask in self.masks.items()}
+        return self.layer_norm(self.run_blocks(inputs["token_ids"], positions, masks))
+
+    def run_blocks(self, token_ids: Any, positions: Any, masks: dict[str, Any], caches: list[Any] | None = None) -> Any:
+        """Embedding and decoder blocks, up to the final norm.
+
+        Args:
+            token_ids: int `[B, T]`.
+            positions: int `[B, T]`.
+            masks: bool `[B, T, S]` for each layer type.
+            caches: None, or for each layer an object with `update(keys, values)` (see `cache.py`).
+
+        Returns:
+            The residual stream `[B, T, D]`.
+        """
+        cos, sin = self.rotary_embedding(positions)
+        x = self.token_embedding(token_ids)
+        if self.embedding_dropout is not None:
+            x = self.embedding_dropout(x)
+        for i, (block, kind) in enumerate(zip(self.transformer_layers, self.config.layer_types)):
+            x = block(x, cos, sin, masks[kind], **({} if caches is None else {"cache": caches[i]}))
+        return x
+
+    def named_weights(self) -> dict[str, keras.Variable]:
+        """Every weight by its path in `Gemma2Config.weight_shapes`, which the checkpoint tables are written in."""
+        named = {"token_embedding/embeddings": self.token_embedding.embeddings, "final_norm/scale": self.layer_norm.scale}
+        for i, block in enumerate(self.transformer_layers):
+            for path in self.config.block_weight_shapes():
+                named[f"decoder_block_{i}/{path}"] = functools.reduce(getattr, path.split("/"), block)
+        return named
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        check_token_inputs(inputs, self.config.vocabulary_size)
+        return super().call(inputs, training=training, mask=mask)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self.config.to_dict()}
+
+
+def _warn_about_float16(dtype: Any) -> None:
+    policy = keras.dtype_policies.get(dtype) if dtype is not None else keras.config.dtype_policy()
+    if policy.compute_dtype == "float16":
+        warnings.warn(
+            "Gemma 2's activations pass float16's largest number (65504) in its larger sizes. This model keeps its sums in "
+            "float32 and clips what overflows, so it stays finite, but outputs can differ from the float32 model's. "
+            "Use dtype='bfloat16' (or 'mixed_bfloat16') instead.",
+            stacklevel=3,
+        )

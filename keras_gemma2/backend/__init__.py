@@ -1,0 +1,27 @@
+"""What the three backends do differently, behind one set of function names.
+
+`jax.py`, `tensorflow.py` and `torch.py` expose the same functions; the one of the running Keras backend is chosen here,
+once. All other code of the package uses `keras.ops`.
+"""
+
+import importlib
+
+import keras
+
+SUPPORTED = ("jax", "tensorflow", "torch")
+FUNCTIONS = ("linear", "tensor_from_row_blocks", "write_slots", "is_concrete", "compile_function", "no_gradients")
+
+if keras.backend.backend() not in SUPPORTED:
+    raise ImportError(
+        f"keras_gemma2 runs on the Keras backends {', '.join(SUPPORTED)}. Received: {keras.backend.backend()!r}. "
+        "Set the environment variable KERAS_BACKEND, or `backend` in ~/.keras/keras.json, to one of them."
+    )
+
+_module = importlib.import_module(f"keras_gemma2.backend.{keras.backend.backend()}")
+
+linear = _module.linear
+tensor_from_row_blocks = _module.tensor_from_row_blocks
+write_slots = _module.write_slots
+is_concrete = _module.is_concrete
+compile_function = _module.compile_function
+no_gradients = _module.no_gradients

@@ -1,0 +1,71 @@
+"""JAX: products, blockwise construction, cache writes and compilation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+
+def linear(x: jax.Array, kernel: jax.Array, float32_output: bool = False) -> jax.Array:
+    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
+    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+    out_dtype = jnp.float32 if float32_output else x.dtype
+    return jax.lax.dot_general(x, kernel, contract_last, preferred_element_type=out_dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(buffer: jax.Array, block: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, block, (start,) + (0,) * (buffer.ndim - 1))
+
+
+def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """A tensor filled with consecutive blocks of rows, so that host memory holds one block at a time.
+
+    The buffer is donated to each write, so there is one copy of it on the device.
+    """
+    buffer, start = jnp.zeros(shape, dtype), 0
+    for block in blocks:
+        buffer = _write_rows(buffer, jnp.asarray(block, dtype), start)
+        # Dispatch is asynchronous: without the wait, blocks queue up in host memory faster than they are written.
+        buffer.block_until_ready()
+        start += block.shape[0]
+    return buffer
+
+
+def write_slots(cache: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """Writes `values [B, K, T, H]` into `cache [B, K, S, H]` at `slots [B, T]`; in place where the cache was donated."""
+    rows = jnp.arange(cache.shape[0])[:, None]
+    # Advanced indices around a slice move to the front: the indexed view is [B, T, K, H].
+    return cache.at[rows, :, slots].set(jnp.swapaxes(values, 1, 2))
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether x holds values now, as opposed to standing for values in a traced function."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def no_gradients() -> contextlib.AbstractContextManager:
+    """JAX records nothing unless asked to: an empty context."""
+    return contextlib.nullcontext()
+
+
+def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
+    """Compiles `function(donated, *args)`, which reads `variables`; the first argument's buffers are reused for outputs."""
+
+    def stateless(values: list[jax.Array], donated: Any, *args: Any) -> Any:
+        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+            return function(donated, *args)
+
+    compiled = jax.jit(stateless, donate_argnums=1)
+
+    def call(donated: Any, *args: Any) -> Any:
+        return compiled([variable.value for variable in variables], donated, *args)
+
+    return call

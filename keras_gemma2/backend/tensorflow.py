@@ -1,0 +1,58 @@
+"""TensorFlow: products, blockwise construction, cache writes and compilation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def linear(x: tf.Tensor, kernel: tf.Tensor, float32_output: bool = False) -> tf.Tensor:
+    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
+    # One large product of rows: a batched matmul with a shared right side would broadcast the kernel.
+    rows = tf.reshape(x, (-1, kernel.shape[1]))
+    out = tf.matmul(rows, kernel, transpose_b=True)
+    out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [kernel.shape[0]]], axis=0))
+    out.set_shape(x.shape[:-1].concatenate(kernel.shape[0]))
+    return tf.cast(out, tf.float32) if float32_output else out
+
+
+def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> tf.Tensor:
+    """A tensor filled with consecutive blocks of rows.
+
+    The blocks are gathered in one array of the final dtype, whose memory TensorFlow takes over on CPU without a copy.
+    """
+    buffer, start = np.empty(shape, tf.as_dtype(dtype).as_numpy_dtype), 0
+    for block in blocks:
+        buffer[start : start + block.shape[0]] = block
+        start += block.shape[0]
+    return tf.convert_to_tensor(buffer)
+
+
+def write_slots(cache: tf.Tensor, values: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
+    """Writes `values [B, K, T, H]` into `cache [B, K, S, H]` at `slots [B, T]`."""
+    batch, heads, steps = tf.shape(values)[0], tf.shape(values)[1], tf.shape(values)[2]
+    grid = tf.meshgrid(tf.range(batch), tf.range(heads), tf.range(steps), indexing="ij")
+    slot = tf.broadcast_to(tf.cast(slots, tf.int32)[:, None, :], (batch, heads, steps))
+    indices = tf.stack([grid[0], grid[1], slot], axis=-1)
+    return tf.tensor_scatter_nd_update(cache, indices, values)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether x holds values now, as opposed to standing for values in a traced function."""
+    return not isinstance(x, tf.Tensor) or hasattr(x, "numpy")
+
+
+def no_gradients() -> contextlib.AbstractContextManager:
+    """TensorFlow records nothing outside a GradientTape: an empty context."""
+    return contextlib.nullcontext()
+
+
+def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
+    """Compiles `function(donated, *args)` into a graph; one graph a set of argument shapes."""
+    del variables  # captured by the graph
+    return tf.function(function, autograph=False)

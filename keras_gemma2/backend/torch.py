@@ -1,0 +1,58 @@
+"""PyTorch: products, blockwise construction, cache writes and inference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras.src.backend.torch.core import get_device, to_torch_dtype
+
+
+def linear(x: torch.Tensor, kernel: torch.Tensor, float32_output: bool = False) -> torch.Tensor:
+    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
+    out = torch.nn.functional.linear(x, kernel)
+    return out.float() if float32_output else out
+
+
+def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """A tensor filled with consecutive blocks of rows, so that host memory holds one block at a time."""
+    buffer, start = torch.empty(shape, dtype=to_torch_dtype(dtype), device=get_device()), 0
+    for block in blocks:
+        buffer[start : start + block.shape[0]].copy_(torch.from_numpy(block))
+        start += block.shape[0]
+    return buffer
+
+
+def write_slots(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Writes `values [B, K, T, H]` into `cache [B, K, S, H]` at `slots [B, T]`, in place."""
+    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
+    # Advanced indices around a slice move to the front: the indexed view is [B, T, K, H].
+    cache[rows, :, slots] = values.transpose(1, 2)
+    return cache
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether x holds values now, as opposed to standing for values in a traced function."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (isinstance(x, torch.Tensor) and x.is_meta)
+
+
+def no_gradients() -> contextlib.AbstractContextManager:
+    """A context in which autograd records nothing."""
+    return torch.no_grad()
+
+
+def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
+    """Runs `function(donated, *args)` without recording gradients; PyTorch needs no compilation to run fast here."""
+    del variables  # read where they are
+
+    def call(donated: Any, *args: Any) -> Any:
+        with torch.no_grad():
+            return function(donated, *args)
+
+    return call

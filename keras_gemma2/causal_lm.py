@@ -1,0 +1,246 @@
+"""Gemma 2 as a language model: training, evaluation and generation."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_gemma2.backbone import Gemma2Backbone
+from keras_gemma2.from_preset import FromPreset
+from keras_gemma2.generation.generate import generate_tokens
+from keras_gemma2.generation.runner import Runner
+from keras_gemma2.inputs import as_texts, check_prompts, check_token_inputs, is_token_dict, label_tokens, pad_rows
+from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
+
+
+@keras.saving.register_keras_serializable(package="keras_gemma2")
+class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
+    """A Gemma 2 causal language model: text in, text out.
+
+    Called on `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` it gives float32 logits `[B, T, V]` after
+    the final soft cap. `fit`, `evaluate`, `predict` and `generate` take strings through the preprocessor, and such a dict
+    without it.
+
+    Args:
+        backbone: a `Gemma2Backbone`.
+        preprocessor: a `Gemma2CausalLMPreprocessor`, or None to work on token ids alone.
+
+    Example:
+        >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
+        >>> lm.generate("The state of our union is", max_length=64)
+    """
+
+    backbone_cls = Gemma2Backbone
+    preprocessor_cls = Gemma2CausalLMPreprocessor
+
+    def __init__(self, backbone: Gemma2Backbone, preprocessor: Any = None, **kwargs: Any) -> None:
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        inputs = backbone.input
+        outputs = backbone.token_embedding(backbone(inputs), reverse=True)
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def compile(
+        self,
+        optimizer: Any = "auto",
+        loss: Any = "auto",
+        *,
+        weighted_metrics: Any = "auto",
+        sampler: Any = "greedy",
+        **kwargs: Any,
+    ) -> None:
+        """Configures training and generation.
+
+        Args:
+            optimizer: "auto" (Adam at 2e-5), or what `keras.Model.compile` takes.
+            loss: "auto" (next-token cross-entropy on the logits), or what `keras.Model.compile` takes.
+            weighted_metrics: "auto" (token accuracy), or what `keras.Model.compile` takes.
+            sampler: a keras-hub sampler or its name: "greedy", "top_k", "top_p", "random", "beam".
+            **kwargs: passed to `keras.Model.compile`.
+        """
+        super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        """What `.keras` files keep of `compile`: Keras's own arguments and the sampler."""
+        if not self.compiled:
+            return None
+        return {**super().get_compile_config(), "sampler": keras_hub.samplers.serialize(self.sampler)}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model as the saved one was, and gives the optimizer its variables to be filled."""
+        arguments = keras.saving.deserialize_keras_object({k: v for k, v in config.items() if k != "sampler"})
+        self.compile(sampler=keras_hub.samplers.deserialize(config["sampler"]), **arguments)
+        self.optimizer.build(self.trainable_variables)
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        check_token_inputs(inputs, self.backbone.config.vocabulary_size)
+        return super().call(inputs, training=training, mask=mask)
+
+    # Token dicts bypass the preprocessor -------------------------------------------------------------------------------
+
+    def preprocess_samples(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """Runs the preprocessor on texts; leaves token dicts and their labels alone."""
+        if is_token_dict(x):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return super().preprocess_samples(x, y, sample_weight)
+
+    def fit(self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+        """Trains the model; as `keras.Model.fit`.
+
+        Args:
+            x: strings, a `tf.data.Dataset` of strings, or tokens that bypass the preprocessor: a dict
+                `{"token_ids", "padding_mask"}` of arrays, or a `keras.utils.PyDataset` of `(dict, labels[, weights])`.
+            y: labels int `[B, T]` for a dict; None means each next token of the dict, weighted 0 where it is padding.
+            batch_size: samples a step; default 32.
+            sample_weight: float `[B, T]` or `[B]`, with `y`.
+            **kwargs: as `keras.Model.fit`. `validation_data` follows the same rules as x, y and sample_weight.
+
+        Raises:
+            ValueError: for token ids outside the vocabulary, where `x` is a dict of arrays.
+        """
+        x, y, sample_weight = self._with_labels(x, y, sample_weight)
+        validation = kwargs.get("validation_data")
+        if isinstance(validation, (tuple, list)) or is_token_dict(validation):
+            parts = keras.utils.unpack_x_y_sample_weight(validation)
+            kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(*self._with_labels(*parts))
+        return self._trainer(x).fit(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+
+    def evaluate(self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+        """Loss and metrics; inputs as `fit` takes them."""
+        x, y, sample_weight = self._with_labels(x, y, sample_weight)
+        return self._trainer(x).evaluate(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
+
+    def predict(self, x: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """Float32 logits `[B, T, V]`; inputs as `fit` takes them, without labels."""
+        x, _, _ = self._with_labels(x, None, None)
+        return self._trainer(x).predict(self, x, batch_size=batch_size, **kwargs)
+
+    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+        """One training step; inputs as `fit` takes them."""
+        return super().train_on_batch(*self._with_labels(x, y, sample_weight), **kwargs)
+
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+        """Loss and metrics of one batch; inputs as `fit` takes them."""
+        return super().test_on_batch(*self._with_labels(x, y, sample_weight), **kwargs)
+
+    def _with_labels(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+        return label_tokens(x, y, sample_weight, self.backbone.config.vocabulary_size) if is_token_dict(x) else (x, y, sample_weight)
+
+    def _trainer(self, x: Any) -> type:
+        """Whose fit, evaluate and predict to run: Keras's own for what is tokens already, keras-hub's for texts."""
+        is_tokens = is_token_dict(x) or isinstance(x, (keras.utils.PyDataset, types.GeneratorType))
+        return keras.Model if is_tokens else keras_hub.models.CausalLM
+
+    # Generation ----------------------------------------------------------------------------------------------------------
+
+    def make_generate_function(self) -> Any:
+        """The compiled prefill and decode step; made once, and again after `compile`."""
+        if self.generate_function is None:
+            self.generate_function = Runner(self.backbone)
+        return self.generate_function
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: str | Sequence[int] | None = "auto",
+        strip_prompt: bool = False,
+    ) -> Any:
+        """Continues prompts with the sampler given to `compile`.
+
+        Args:
+            inputs: a string, a list of strings, a `tf.data.Dataset` of batches of strings, or a dict of token ids and
+                padding mask, each `[B, T]`, which bypasses the preprocessor.
+            max_length: tokens at most in each row, prompt included. None means the preprocessor's `sequence_length`; for a
+                dict, its length T.
+            stop_token_ids: "auto" stops at the tokenizer's `<eos>` and `<end_of_turn>`; a list of ids; or None to go on to
+                `max_length`.
+            strip_prompt: whether to leave the prompt out of what is returned.
+
+        Returns:
+            A string for a string, a list for a list; for a dict, a dict of numpy `token_ids` int32 `[B, max_length]` and
+            `padding_mask` bool, each row its prompt and completion from the left (the stop token included), then padding.
+
+        Raises:
+            ValueError: for an empty list, something else than text, a prompt longer than `max_length`, `max_length` over the
+                model's `max_sequence_length`, ids outside the vocabulary, or "auto" without a tokenizer.
+        """
+        stop_token_ids = self._resolve_stop_token_ids(stop_token_ids)
+        if hasattr(inputs, "as_numpy_iterator"):
+            return _concatenate(
+                [self._generate_batch(batch, max_length, stop_token_ids, strip_prompt) for batch in inputs.as_numpy_iterator()]
+            )
+        return self._generate_batch(inputs, max_length, stop_token_ids, strip_prompt)
+
+    def _generate_batch(self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool) -> Any:
+        if is_token_dict(inputs):
+            return self._generate_from_tokens(inputs, max_length, stop_token_ids, strip_prompt)
+        if self.preprocessor is None:
+            raise ValueError(
+                "`inputs` must be a dict with 'token_ids' and 'padding_mask' when the model has no preprocessor. "
+                f"Received: {type(inputs).__name__}. Pass `preprocessor=` to Gemma2CausalLM to generate from text."
+            )
+        return self._generate_from_text(inputs, max_length, stop_token_ids, strip_prompt)
+
+    def _generate_from_text(self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool) -> Any:
+        texts, is_scalar = as_texts(inputs)
+        length = self._check_max_length(self.preprocessor.sequence_length if max_length is None else max_length)
+        tokens = self.preprocessor.generate_preprocess(texts, sequence_length=length)
+        tokens = {key: ops.convert_to_numpy(tokens[key]) for key in ("token_ids", "padding_mask")}
+        outputs = self._generate_from_tokens(tokens, length, stop_token_ids, strip_prompt)
+        texts = list(self.preprocessor.generate_postprocess(outputs))
+        return texts[0] if is_scalar else texts
+
+    def _generate_from_tokens(
+        self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool
+    ) -> dict[str, np.ndarray]:
+        inputs, _, _ = self._with_labels(inputs, None, None)
+        length = self._check_max_length(inputs["token_ids"].shape[1] if max_length is None else max_length)
+        prompts = [ids[mask.astype(bool)].tolist() for ids, mask in zip(inputs["token_ids"], inputs["padding_mask"])]
+        check_prompts(prompts, length)
+        completions = generate_tokens(
+            self.make_generate_function(), self.sampler, prompts, [length] * len(prompts), stop_token_ids
+        )
+        rows = completions if strip_prompt else [prompt + new for prompt, new in zip(prompts, completions)]
+        return pad_rows(rows, length, self._pad_token_id())
+
+    def _check_max_length(self, max_length: Any) -> int:
+        limit = self.backbone.config.max_sequence_length
+        if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)) or not 0 < max_length <= limit:
+            raise ValueError(
+                f"`max_length` must be an integer from 1 to the model's max_sequence_length, {limit}. "
+                f"Received: max_length={max_length!r}."
+            )
+        return int(max_length)
+
+    def _resolve_stop_token_ids(self, stop_token_ids: Any) -> tuple[int, ...]:
+        if stop_token_ids is None:
+            return ()
+        if isinstance(stop_token_ids, str):
+            if stop_token_ids != "auto":
+                raise ValueError(f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}.")
+            if self.preprocessor is None:
+                raise ValueError(
+                    "`stop_token_ids='auto'` needs a preprocessor, whose tokenizer names the stop tokens. "
+                    "Pass a list of ids (Gemma 2's are 1 and 107), or None to go on to `max_length`."
+                )
+            tokenizer = self.preprocessor.tokenizer
+            return tuple(getattr(tokenizer, "stop_token_ids", (tokenizer.end_token_id,)))
+        return tuple(int(token_id) for token_id in stop_token_ids)
+
+    def _pad_token_id(self) -> int:
+        return 0 if self.preprocessor is None else self.preprocessor.tokenizer.pad_token_id
+
+
+def _concatenate(outputs: list[Any]) -> Any:
+    if not outputs:
+        raise ValueError("`inputs` must hold at least one batch. Received an empty dataset.")
+    if isinstance(outputs[0], dict):
+        return {key: np.concatenate([output[key] for output in outputs]) for key in outputs[0]}
+    return [text for output in outputs for text in (output if isinstance(output, list) else [output])]

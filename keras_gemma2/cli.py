@@ -1,0 +1,151 @@
+"""The command line: `keras-gemma2 generate | info`, also `python -m keras_gemma2`.
+
+Only the standard library is imported until a command needs more, so that `--help` answers at once. stdout carries a
+command's result and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+BACKENDS = ("jax", "tensorflow", "torch")
+DEFAULT_PRESET = "gemma2_mini_en"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for wrong input, with one line on stderr.
+
+    Args:
+        arguments: without the program's name; None means `sys.argv[1:]`.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        print(f"keras-gemma2: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of stdout (head, say) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="keras-gemma2", description="Gemma 2 in Keras 3, on JAX, TensorFlow and PyTorch.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineErrors)
+    generate = commands.add_parser("generate", help="continue a text", description="Continues a text and prints it.")
+    generate.add_argument("prompt", type=_text, help="the text to continue")
+    generate.add_argument("--preset", default=DEFAULT_PRESET, help="built-in name or folder (default: %(default)s)")
+    generate.add_argument("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
+    generate.add_argument("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
+    generate.add_argument("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="default: %(default)s")
+    generate.add_argument("--temperature", type=_at_least(float, 0), default=0.8, metavar="X", help="0 is greedy (default: %(default)s)")
+    generate.add_argument("--top-k", type=_at_least(int, 0), default=0, metavar="K", help="keep the K likeliest tokens; 0 is off (default)")
+    generate.add_argument("--top-p", type=_probability, default=0.95, metavar="P", help="keep the likeliest tokens up to this probability (default: %(default)s)")
+    generate.add_argument("--seed", type=_at_least(int, 0), help="makes the text repeatable on one backend")
+    generate.add_argument("--strip-prompt", action="store_true", help="print the continuation without the prompt")
+    generate.set_defaults(run=_generate)
+    info = commands.add_parser("info", help="print a model's layers and sizes", description="Prints the tree of layers; loads no weights.")
+    info.add_argument("preset", help="built-in name or folder")
+    info.set_defaults(run=_info)
+    return parser
+
+
+class _OneLineErrors(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage block."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError("the prompt is not valid UTF-8") from error
+    if not value:
+        raise argparse.ArgumentTypeError("the prompt is empty; give at least one character")
+    return value
+
+
+def _at_least(kind: Callable[[str], float], lowest: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        try:
+            number = kind(value)
+        except ValueError:
+            number = math.nan
+        if not lowest <= number < math.inf:
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} of at least {lowest}, got {value!r}")
+        return number
+
+    return parse
+
+
+def _probability(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be over 0 and at most 1, got {value!r}")
+    return number
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from keras_gemma2.presets.registry import resolve
+
+    resolve(options.preset)  # a wrong name is told at once, before the seconds that a backend takes to import
+    _choose_backend(options.backend)
+    lm = _load(options)
+    prompt_tokens = len(lm.preprocessor.tokenizer(options.prompt)) + 1
+    lm.compile(sampler=_sampler(options))
+    text = lm.generate(
+        options.prompt,
+        max_length=min(prompt_tokens + options.max_new_tokens, lm.backbone.config.max_sequence_length),
+        strip_prompt=options.strip_prompt,
+    )
+    print(text, flush=True)
+    return 0
+
+
+def _choose_backend(name: str | None) -> None:
+    """Sets Keras's backend by its own rules, and checks that it is installed before Keras fails on it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if name is not None:
+        os.environ["KERAS_BACKEND"] = name
+    name = os.environ.get("KERAS_BACKEND")
+    if name in BACKENDS and importlib.util.find_spec(name) is None:
+        raise ValueError(f"The backend {name!r} is not installed. Install it with: pip install {name}")
+
+
+def _load(options: argparse.Namespace):
+    import keras_gemma2
+
+    lm = keras_gemma2.Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
+    if lm.preprocessor is None:
+        raise ValueError(f"The preset {options.preset!r} has no tokenizer.model, which text needs.")
+    return lm
+
+
+def _sampler(options: argparse.Namespace):
+    from keras_hub import samplers
+
+    if options.temperature == 0:
+        return samplers.GreedySampler()
+    k = options.top_k or None
+    if options.top_p == 1 and k is None:
+        return samplers.RandomSampler(temperature=options.temperature, seed=options.seed)
+    return samplers.TopPSampler(p=options.top_p, k=k, temperature=options.temperature, seed=options.seed)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from keras_gemma2.presets.registry import resolve
+    from keras_gemma2.presets.tree import format_tree
+
+    print(format_tree(resolve(options.preset).config, options.preset))
+    return 0

@@ -1,0 +1,1 @@
+"""Writing text: prefill, one decode step, and the loop around them."""

@@ -1,0 +1,1 @@
+"""Named presets and the folders they resolve to."""

@@ -1,0 +1,42 @@
+"""Seeds and sizes shared by the tests."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the suite may reach a hub
+sys.path.insert(0, str(Path(__file__).parent))  # the suite's own helper modules
+
+import keras
+
+# No accidental identities: N * H != D, 1 < K < N, scalar != H, F != D, and every number another.
+TINY = {
+    "vocabulary_size": 97,
+    "num_layers": 4,
+    "num_query_heads": 6,
+    "num_key_value_heads": 2,
+    "hidden_dim": 42,
+    "intermediate_dim": 80,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 20,
+    "sliding_window_size": 5,
+    "attention_logit_soft_cap": 5.0,
+    "final_logit_soft_cap": 3.0,
+    "layer_norm_epsilon": 1e-3,
+    "rope_max_wavelength": 500.0,
+    "max_sequence_length": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture
+def tiny():
+    """Arguments of a small model; a fresh dict for each test."""
+    return dict(TINY)
