@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ try:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import LogLocator, NullLocator
+    from PIL import Image
 except ImportError as error:
     raise SystemExit("look_inside.py draws with matplotlib, which is not installed: pip install matplotlib") from error
 
@@ -32,7 +36,7 @@ from keras_gemma2.layers import token_positions
 from keras_gemma2.layers.numerics import soft_cap
 
 # Lincoln's address at Gettysburg, 1863 (Bliss copy; public domain). The embedded preset was not trained on it, and it is
-# long enough for the window of 128 tokens to hide most of it.
+# three times as long as that preset's window.
 GETTYSBURG = """\
 Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, and dedicated \
 to the proposition that all men are created equal.
@@ -50,24 +54,21 @@ gave the last full measure of devotion -- that we here highly resolve that these
 nation, under God, shall have a new birth of freedom -- and that government of the people, by the people, for the people, shall \
 not perish from the earth."""
 
-MAX_TOKENS = 512  # more would be finer than a picture's pixels
+MAX_TOKENS = 512  # a map of more would be finer than the picture's pixels
 WIDTH, DPI = 9.0, 150  # inches; a README shows about 900 pixels
 COLORS = {"local": "#2b6cb0", "global": "#d9661f"}
-GREY, PALE = "#8a8a8a", "#e9e9ec"
-STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-NORMS = {
-    "pre_attention_norm": "before attention",
-    "post_attention_norm": "after attention",
-    "pre_ffw_norm": "before feed-forward",
-    "post_ffw_norm": "after feed-forward",
-}
+GREY, PALE, DASHED = "#c9cdd6", "#e9e9ec", {"linestyle": (0, (4, 3)), "linewidth": 1}
+STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8}
+STYLE |= {"legend.frameon": False, "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.06}
+COLUMNS = 124  # characters a line in the picture of the text
+NORMS = ("pre_attention_norm", "post_attention_norm", "pre_ffw_norm", "post_ffw_norm")
 
 
 # --- collect --------------------------------------------------------------------------------------------------------------
 
 
 class Capped(NamedTuple):
-    """Values before and after a soft cap (None: the model has no such cap)."""
+    """Values before and after a soft cap; a cap of None is none."""
 
     before: np.ndarray
     after: np.ndarray
@@ -81,20 +82,20 @@ class Inside:
     pieces: list[str]  # T
     layer_types: tuple[str, ...]  # L
     window: int
-    attention: dict[int, np.ndarray]  # chosen layers: [N, T, T], each row a query
-    by_distance: np.ndarray  # [L, T]: mean weight of the key so many tokens back, over heads and queries
-    scores: Capped  # of every layer, visible query-key pairs only
+    attention: dict[int, np.ndarray]  # of the chosen layers: [N, T queries, T keys]
+    by_distance: np.ndarray  # [L, T]: weight of the key so many tokens back, mean over heads and queries
+    scores: Capped  # of all layers and heads, for the pairs of query and key that the mask lets through
     logits: Capped  # [T, V]
-    rms: dict[str, np.ndarray]  # each norm's input and output: [L, 2, T]; of "final_norm": [1, 2, T]
+    rms: dict[str, np.ndarray]  # a norm's input and output, root mean square over D: [L, 2, T]; "final_norm": [1, 2, T]
     hidden: np.ndarray  # [T, D], after the final norm
-    next_probabilities: np.ndarray  # [T - 1], given to the token that does come next
-    top: list[tuple[str, float]]  # likeliest tokens after the text
+    next_probabilities: np.ndarray  # [T - 1]: what each token but the first was given before it was read
+    top: list[tuple[str, float]]  # the likeliest tokens after the text
 
 
 def tokenize(lm: Any, text: str) -> list[int]:
-    """`<bos>` and the ids of the text, cut where the model or the picture ends."""
+    """`<bos>` and the ids of the text, cut where the model's context or the picture ends."""
     if lm.preprocessor is None:
-        raise ValueError("The preset has no tokenizer, so the model cannot read text.")
+        raise ValueError("The preset has no tokenizer, so its model cannot read text.")
     tokenizer = lm.preprocessor.tokenizer
     ids = [tokenizer.start_token_id, *(int(i) for i in tokenizer(text))]
     limit = min(MAX_TOKENS, lm.backbone.config.max_sequence_length)
@@ -104,69 +105,59 @@ def tokenize(lm: Any, text: str) -> list[int]:
 
 
 def collect(lm: Any, text: str, layers: Sequence[int] | None = None) -> Inside:
-    """Runs `text` through the layers of `lm` and keeps what the pictures show.
+    """Runs a text through a `Gemma2CausalLM`, layer by layer, and keeps what the pictures show.
 
-    Args:
-        lm: a `Gemma2CausalLM` with a preprocessor.
-        text: what the model reads.
-        layers: whose attention to keep; None for the first local and the first global layer.
-
-    Raises:
-        ValueError: for a layer that the model has not, or a model without a tokenizer.
-        RuntimeError: if the layers, run one by one, do not give what the model gives.
+    `layers` are those whose attention is kept; None means the first local and the first global one. Raises ValueError for a
+    layer that is not there, and RuntimeError if the layers, one by one, do not give what the model gives.
     """
     backbone, config = lm.backbone, lm.backbone.config
     layers = [config.layer_types.index(kind) for kind in COLORS if kind in config.layer_types] if layers is None else layers
-    if wrong := [i for i in layers if i not in range(config.num_layers)]:
+    if wrong := sorted(set(layers) - set(range(config.num_layers))):
         raise ValueError(f"The model has the layers 0 to {config.num_layers - 1}. Received: --layers {wrong[0]}.")
-    ids = tokenize(lm, text)
-    inputs = {"token_ids": np.array([ids], "int32"), "padding_mask": np.ones((1, len(ids)), "int32")}
+    ids, to_piece = tokenize(lm, text), lm.preprocessor.tokenizer.id_to_token
+    token_ids, padding_mask = ops.convert_to_tensor([ids], "int32"), ops.ones((1, len(ids)), "int32")
     attention, by_distance, scores, rms = {}, [], [], {}
     with backend.no_gradients():
-        positions = token_positions(ops.convert_to_tensor(inputs["padding_mask"]))
-        masks = {kind: mask(positions, inputs["padding_mask"]) for kind, mask in backbone.masks.items()}
-        rotary = backbone.rotary_embedding(positions)
-        x = backbone.token_embedding(ops.convert_to_tensor(inputs["token_ids"]))
-        for i, (block, kind) in enumerate(zip(backbone.transformer_layers, config.layer_types, strict=True)):
-            x, weights, pair = run_block(block, x, rotary, masks[kind], rms)
-            by_distance.append([np.diagonal(weights, -d, 1, 2).mean() for d in range(len(ids))])
+        positions = token_positions(padding_mask)
+        masks = {kind: mask(positions, padding_mask) for kind, mask in backbone.masks.items()}
+        rotary, x = backbone.rotary_embedding(positions), backbone.token_embedding(token_ids)
+        for i, block in enumerate(backbone.transformer_layers):
+            x, weights, pair = run_block(block, x, rotary, masks[config.layer_types[i]], rms)
+            by_distance.append([np.diagonal(weights, -distance, 1, 2).mean() for distance in range(len(ids))])
             scores.append(pair)
-            if i in layers:
-                attention[i] = weights
+            attention |= {i: weights} if i in layers else {}
         hidden = through_norm(backbone.layer_norm, x, rms)
-        check_equal("hidden states", hidden, backbone(inputs))
+        check_equal("hidden states", hidden, backbone({"token_ids": token_ids, "padding_mask": padding_mask}))
         logits = collect_logits(backbone.token_embedding, hidden)
-    likelihoods = to_numpy(ops.log_softmax(logits.after))
-    to_piece = lm.preprocessor.tokenizer.id_to_token
+    probabilities = to_numpy(ops.softmax(logits.after))
     return Inside(
-        pieces=[to_piece(i) for i in ids],
-        layer_types=config.layer_types,
-        window=config.sliding_window_size,
-        attention={i: attention[i] for i in layers},
-        by_distance=np.array(by_distance),
-        scores=Capped(*(np.concatenate(part) for part in zip(*scores, strict=True)), config.attention_logit_soft_cap),
-        logits=logits,
-        rms={name: np.array(values) for name, values in rms.items()},
-        hidden=to_numpy(hidden)[0],
-        next_probabilities=np.exp(likelihoods[np.arange(len(ids) - 1), ids[1:]]),
-        top=[(to_piece(int(i)), float(np.exp(likelihoods[-1, i]))) for i in np.argsort(-likelihoods[-1])[:15]],
+        [to_piece(i) for i in ids],
+        config.layer_types,
+        config.sliding_window_size,
+        {i: attention[i] for i in layers},
+        np.array(by_distance),
+        Capped(*(np.concatenate(part) for part in zip(*scores, strict=True)), config.attention_logit_soft_cap),
+        logits,
+        {name: np.array(values) for name, values in rms.items()},
+        to_numpy(hidden)[0],
+        probabilities[np.arange(len(ids) - 1), ids[1:]],
+        [(to_piece(int(i)), float(probabilities[-1, i])) for i in np.argsort(-probabilities[-1])[:15]],
     )
 
 
 def run_block(block: Any, x: Any, rotary: Any, mask: Any, rms: dict[str, list]) -> tuple[Any, np.ndarray, tuple]:
-    """`DecoderBlock.call` step by step: the new stream, the attention `[N, T, T]`, the visible scores before and after the cap."""
+    """`DecoderBlock.call` in steps: the new stream, the weights `[N, T, T]`, the visible scores before and after the cap."""
     attention = block.attention
     queries, keys, values = attention._project(through_norm(block.pre_attention_norm, x, rms), *rotary)
     scores = attention._scores(queries, keys)
     capped = soft_cap(scores, attention.logit_soft_cap)
     weights = attention._masked_softmax(capped, mask)
     attended = attention.output_projection(attention._combine(weights, values))
-    x = x + through_norm(block.post_attention_norm, attended, rms)  # no dropout: this is no training
-    fed = block.feed_forward(through_norm(block.pre_ffw_norm, x, rms))
-    x = x + through_norm(block.post_ffw_norm, fed, rms)
-    heads = [to_numpy(array)[0].reshape(-1, *mask.shape[1:]) for array in (weights, scores, capped)]  # [K, G, ...] -> [N, ...]
-    visible = ops.convert_to_numpy(mask)[0]  # a score that the mask hides has no effect, so it is no part of the statistics
-    return x, heads[0], (heads[1][:, visible].ravel(), heads[2][:, visible].ravel())
+    x = x + through_norm(block.post_attention_norm, attended, rms)
+    x = x + through_norm(block.post_ffw_norm, block.feed_forward(through_norm(block.pre_ffw_norm, x, rms)), rms)
+    weights, *pair = (to_numpy(array)[0].reshape(-1, *mask.shape[1:]) for array in (weights, scores, capped))  # K, G -> N
+    visible = ops.convert_to_numpy(mask)[0]  # scores that the mask hides act on nothing, so they are no part of the statistics
+    return x, weights, tuple(part[:, visible].ravel() for part in pair)
 
 
 def through_norm(norm: Any, x: Any, rms: dict[str, list]) -> Any:
@@ -177,7 +168,7 @@ def through_norm(norm: Any, x: Any, rms: dict[str, list]) -> Any:
 
 
 def collect_logits(embedding: Any, hidden: Any) -> Capped:
-    """The logits `[T, V]`; the embedding itself gives them only after the cap, so the product is repeated here."""
+    """The logits `[T, V]`; the embedding itself gives them after the cap only, so its product is repeated here."""
     table = ops.convert_to_tensor(embedding.embeddings, dtype=embedding.compute_dtype)
     before = backend.linear(ops.cast(hidden, embedding.compute_dtype), table, float32_output=True)
     after = soft_cap(before, embedding.logit_soft_cap)
@@ -187,8 +178,7 @@ def collect_logits(embedding: Any, hidden: Any) -> Capped:
 
 def check_equal(name: str, ours: Any, theirs: Any) -> None:
     """Raises unless the recomputed values are the model's: pictures of something else would be worse than none."""
-    # Half precision rounds each step, and a fused step less often; float32 differs in the last bits only.
-    tolerance = 1e-4 if "float32" in str(theirs.dtype) else 0.05
+    tolerance = 1e-4 if "float32" in str(theirs.dtype) else 0.05  # half precision rounds differently in each fused step
     ours, theirs = to_numpy(ours), to_numpy(theirs)
     difference = np.abs(ours - theirs).max()
     if not difference <= tolerance * np.abs(theirs).max():
@@ -196,7 +186,7 @@ def check_equal(name: str, ours: Any, theirs: Any) -> None:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """float32, since numpy and matplotlib know no bfloat16."""
+    """float32, since matplotlib knows no bfloat16."""
     return ops.convert_to_numpy(ops.cast(x, "float32"))
 
 
@@ -204,73 +194,79 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def draw_attention(inside: Inside, name: str) -> Figure:
-    """A map of each chosen layer (mean over heads), and below, for all layers, the weight by distance."""
-    rows = -(-len(inside.attention) // 2)
-    figure = Figure((WIDTH, 4.0 * rows + 2.5), layout="constrained")
-    grid = figure.add_gridspec(rows + 1, 2, height_ratios=[4.0] * rows + [2.1])
-    norm, axes = LogNorm(1e-4, 1, clip=True), []
-    for cell, (layer, weights) in zip(np.ndindex(rows, 2), inside.attention.items(), strict=False):
-        axes.append(figure.add_subplot(grid[cell]))
-        image = draw_map(axes[-1], weights.mean(0), norm, f"layer {layer}, {inside.layer_types[layer]}", inside)
-    bar = figure.colorbar(image, ax=axes, label="attention weight (log scale)", extend="min", shrink=0.8, aspect=30)
-    bar.outline.set_visible(False)
+    """A map of each chosen layer, mean over heads, and below the weight by distance in all layers."""
+    columns = min(len(inside.attention), 2)
+    rows = -(-len(inside.attention) // columns)
+    figure = Figure((WIDTH, 4.1 * rows + 2.5), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns + 1, height_ratios=[4.1] * rows + [2.0], width_ratios=[1] * columns + [0.035])
+    for cell, (layer, weights) in zip(np.ndindex(rows, columns), inside.attention.items(), strict=False):
+        image = draw_map(figure.add_subplot(grid[cell]), weights.mean(0), inside, layer)
+    figure.colorbar(image, cax=figure.add_subplot(grid[:-1, columns]), label="attention weight (log scale)", extend="min")
     draw_distances(figure.add_subplot(grid[-1, :]), inside)
-    figure.suptitle(f"Who looks at whom: attention in {name}, mean over {len(weights)} heads")
+    figure.suptitle(f"Attention inside {name}, mean over {len(weights)} heads")
     return figure
 
 
-def draw_map(axes: Any, weights: np.ndarray, norm: LogNorm, title: str, inside: Inside) -> Any:
+def draw_map(axes: Any, weights: np.ndarray, inside: Inside, layer: int) -> Any:
     """One layer's attention; pairs that the mask hides have the weight 0 and stay pale."""
-    length, window, is_local = len(weights), inside.window, title.endswith("local")
-    palette = matplotlib.colormaps["magma"].with_extremes(bad=PALE)
-    image = axes.imshow(np.ma.masked_equal(weights, 0), palette, norm, interpolation="nearest")
-    axes.set(xlabel="key: token looked at (position)", ylabel="query: token that looks (position)")
-    axes.set_title(f"{title}: sees " + (f"the last {window} tokens" if is_local else "every earlier token"))
+    length, window, kind = len(weights), inside.window, inside.layer_types[layer]
+    palette = matplotlib.colormaps["magma"].resampled(20).with_extremes(bad=PALE)  # four steps a decade
+    image = axes.imshow(np.ma.masked_equal(weights, 0), palette, LogNorm(1e-5, 1, clip=True), interpolation="nearest")
+    reach = "every earlier token" if kind == "global" else f"the last {window} tokens"
+    axes.set(xlabel="key: the token looked at (position)", title=f"layer {layer}, {kind}: may see {reach}")
+    axes.set_ylabel("query: the token that looks (position)")
     if length > window:
         edge = np.array([window, length]) - 0.5
-        axes.plot(edge - window, edge, color="black" if is_local else "white", linestyle=(0, (4, 3)), linewidth=1)
-        axes.text(0.97, 0.95, f"dashed: {window} tokens back", ha="right", va="top", transform=axes.transAxes)
+        axes.plot(edge - window, edge, color="black" if kind == "local" else "white", **DASHED)
+        beyond = np.tril(weights, -window)[window:].sum(1).mean()
+        note = f"dashed: {window} tokens back;\n{beyond:.0%} of the weight of the\nqueries from {window} on is beyond"
+        axes.text(0.97, 0.96, note, ha="right", va="top", transform=axes.transAxes)
     return image
 
 
 def draw_distances(axes: Any, inside: Inside) -> None:
-    """The mean weight by distance, a line for each layer."""
-    for kind, color in COLORS.items():
-        layers = [i for i, layer_type in enumerate(inside.layer_types) if layer_type == kind]
-        for shade, layer in zip(np.linspace(1.0, 0.35, len(layers)), layers, strict=True):
-            line = np.ma.masked_equal(inside.by_distance[layer], 0)
-            axes.plot(line, color=color, alpha=shade, linewidth=1.1, label=f"{layer} {kind}")
-    if len(inside.pieces) > inside.window:
-        axes.axvline(inside.window - 0.5, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
-    axes.set(yscale="log", xlabel="distance from query back to key (tokens)", ylabel="mean weight (log scale)")
-    axes.set_title("Weight by distance, every layer: the local ones end at the window, the global ones go on")
-    axes.legend(title="layer", ncols=2, fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    """The mean weight by distance: the layers of the maps bold, the others thin."""
+    longest = max(len(inside.pieces) - 32, 1)  # fewer than 32 queries look farther back: a mean of those is mostly noise
+    lines = {}
+    for layer, kind in enumerate(inside.layer_types):
+        chosen = layer in inside.attention
+        earlier = sum(inside.layer_types[other] == kind for other in inside.attention if other < layer)
+        bold = {"linewidth": 2.0, "linestyle": ("-", ":", "--", "-.")[earlier % 4], "zorder": 3}
+        look = bold if chosen else {"linewidth": 0.8, "alpha": 0.55}
+        line = np.ma.masked_equal(inside.by_distance[layer, :longest], 0)
+        label = f"layer {layer}, {kind}" if chosen else f"other {kind} layers"
+        lines[label] = axes.plot(line, color=COLORS[kind], **look)[0]
+    if longest > inside.window:
+        axes.axvline(inside.window - 0.5, color="black", **DASHED)
+    axes.set(yscale="log", xlabel="distance back from query to key (tokens)", ylabel="mean weight (log scale)")
+    axes.set_title("Weight by distance")
+    labels = sorted(lines)  # the bold ones first
+    axes.legend([lines[label] for label in labels], labels, ncols=2, loc="upper right")
     axes.margins(x=0.01)
 
 
 def draw_caps(inside: Inside, name: str) -> Figure:
     """Histograms of attention scores and final logits before and after their soft caps."""
     figure = Figure((WIDTH, 3.6), layout="constrained")
-    panels = zip(figure.subplots(1, 2), (("attention scores", inside.scores), ("final logits", inside.logits)), strict=True)
-    for axes, (what, values) in panels:
-        reach = 1.08 * max(np.abs(values.before).max(), values.cap or 0)
-        bins = np.linspace(-reach, reach, 121)
-        axes.hist(values.before.ravel(), bins, color="#c9cdd6", label=f"before: {span(values.before)}")
-        label = f"after: {span(values.after)}"
-        axes.hist(values.after.ravel(), bins, histtype="step", color=COLORS["local"], linewidth=1.3, label=label)
-        for sign in (-1, 1) if values.cap else ():
-            axes.axvline(sign * values.cap, color="#c22f3d", linestyle="--", label=f"cap ±{values.cap:g}" if sign > 0 else None)
-        axes.set(yscale="log", xlabel=f"{what[:-1].removeprefix('final ')} (no unit)", ylabel="count per bin (log scale)")
-        axes.set_title(f"{values.before.size:,} {what}")
-        axes.set_ylim(top=axes.get_ylim()[1] * 60)  # room for the legend
-        axes.legend(fontsize=8, loc="upper center", ncols=1)
-    figure.suptitle(f"What the soft caps do in {name}")
+    left, right = figure.subplots(1, 2)
+    draw_capped(left, inside.scores, "attention score", f"{inside.scores.after.size:,} visible pairs, all layers and heads")
+    draw_capped(right, inside.logits, "final logit", "{:,} tokens × {:,} final logits".format(*inside.logits.after.shape))
+    figure.suptitle(f"What the soft caps do inside {name}")
     return figure
 
 
-def span(values: np.ndarray) -> str:
-    """The range of values, for a legend."""
-    return f"{values.min():.1f} to {values.max():.1f}".replace("-", "−")
+def draw_capped(axes: Any, values: Capped, what: str, title: str) -> None:
+    """One histogram over the other, on the same bins."""
+    reach = 1.08 * max(np.abs(values.before).max(), values.cap or 0)
+    bins = np.linspace(-reach, reach, 121)
+    before, after = (f"{x.min():.1f} to {x.max():.1f}".replace("-", "−") for x in values[:2])
+    axes.hist(values.before.ravel(), bins, color=GREY, label=f"before: {before}")
+    axes.hist(values.after.ravel(), bins, histtype="step", color=COLORS["local"], linewidth=1.3, label=f"after: {after}")
+    for sign in (-1, 1) if values.cap else ():
+        axes.axvline(sign * values.cap, color="#c22f3d", linestyle="--", label=f"cap: ±{values.cap:g}" if sign > 0 else None)
+    axes.set(yscale="log", xlabel=f"{what} (no unit)", ylabel="count per bin (log scale)", title=title)
+    axes.set_ylim(0.5, axes.get_ylim()[1] * 60)  # room for the legend
+    axes.legend(loc="upper center")
 
 
 def draw_norms(inside: Inside, name: str) -> Figure:
@@ -278,156 +274,151 @@ def draw_norms(inside: Inside, name: str) -> Figure:
     figure = Figure((WIDTH, 6.4), layout="constrained")
     grid = figure.add_gridspec(2, 4, height_ratios=[1, 1.15])
     draw_stream(figure.add_subplot(grid[0, :]), inside)
-    first = None
-    for column, (norm, title) in enumerate(NORMS.items()):
-        first = axes = figure.add_subplot(grid[1, column], sharey=first)
+    for column, norm in enumerate(NORMS):
+        axes = figure.add_subplot(grid[1, column], sharey=figure.axes[1] if column else None)
         before, after = np.median(inside.rms[norm], axis=-1).T
-        for layer, kind in enumerate(inside.layer_types):
-            arrow = {"arrowstyle": "-|>", "color": COLORS[kind], "shrinkA": 0, "shrinkB": 0, "linewidth": 1.3}
-            axes.annotate("", (layer, after[layer]), (layer, before[layer]), arrowprops=arrow)
-        axes.scatter(range(len(before)), before, s=14, color=[COLORS[kind] for kind in inside.layer_types])
-        axes.set(yscale="log", xlabel="layer", title=f"norm {title}")
+        for kind, color in COLORS.items():
+            layers = np.flatnonzero(np.array(inside.layer_types) == kind)
+            axes.vlines(layers, before[layers], after[layers], color=color, linewidth=1.2, alpha=0.6)
+            axes.plot(layers, before[layers], "o", color=color, mfc="white", ms=4.5, label=f"{kind}, before the norm")
+            axes.plot(layers, after[layers], "o", color=color, ms=4.5, label=f"{kind}, after the norm")
+        axes.set(xlabel="layer", ylabel="" if column else "RMS, median token (log scale)", title=norm)
         axes.tick_params(labelleft=column == 0)
-        axes.grid(axis="y", color=PALE)
-    figure.axes[1].set_ylabel("RMS, median token (log scale)")
-    figure.suptitle(f"Size of the activations in {name} (root mean square over the channels of a token)")
+        scale_rms(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"Size of the activations inside {name}: root mean square (RMS) over the channels of a token")
     return figure
 
 
 def draw_stream(axes: Any, inside: Inside) -> None:
     """The residual stream as it enters each attention and each feed-forward, and leaves the last layer."""
-    entering = [inside.rms["pre_attention_norm"][:, 0], inside.rms["pre_ffw_norm"][:, 0]]
-    stream = np.concatenate([np.stack(entering, 1).reshape(-1, len(inside.pieces)), inside.rms["final_norm"][0, :1]])
-    depth = np.arange(len(stream)) / 2
-    low, middle, high = np.percentile(stream, (5, 50, 95), axis=-1)
-    axes.fill_between(depth, low, high, color="#c9cdd6", linewidth=0, label="5th to 95th percentile of the tokens")
+    entering = np.stack([inside.rms[norm][:, 0] for norm in ("pre_attention_norm", "pre_ffw_norm")], 1)
+    stream = np.concatenate([entering.reshape(-1, len(inside.pieces)), inside.rms["final_norm"][0, :1]])
+    depth, (low, middle, high) = np.arange(len(stream)) / 2, np.percentile(stream, (5, 50, 95), axis=-1)
+    axes.fill_between(depth, low, high, color=GREY, linewidth=0, label="5th to 95th percentile of the tokens")
     axes.plot(depth, middle, "o-", color="black", markersize=3.5, linewidth=1.2, label="median token")
     axes.plot(depth, stream[:, 0], "o:", color="#8b3fa0", markersize=3, linewidth=1, label=inside.pieces[0])
-    axes.set(xlabel="layers passed (halves: after that layer's attention)", ylabel="RMS", title="Residual stream")
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.set(xlabel="layers passed (half: attention passed, feed-forward not yet)", ylabel="RMS (log scale)")
+    axes.set_title("Residual stream")
+    axes.legend(loc="upper left")
+    scale_rms(axes)
+
+
+def scale_rms(axes: Any) -> None:
+    """A log scale with plain numbers, and whole layers."""
+    axes.set_yscale("log")
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color=PALE)
 
 
 def draw_tokens(inside: Inside, name: str) -> Figure:
-    """The text, each token colored by its probability; below, what comes next, and the surprise along the text."""
-    columns, line_height = 124, 0.175  # characters; inches
-    places = place(inside.pieces, columns)
-    text_height = line_height * (places[-1][0] + 1)
-    figure = Figure((WIDTH, text_height + 4.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[text_height + 0.9, 3.5])
-    draw_text(upper, inside, places, columns)
-    bars, line = lower.subplots(1, 2, width_ratios=[1, 1.7])
-    draw_top(bars, inside)
-    draw_surprise(line, inside)
-    figure.suptitle(f"What {name} expects: the probability given to each token before it is read")
+    """The text, each token on a tile colored by its probability; below, the tokens likeliest to come next."""
+    places = place(inside.pieces)
+    lines = places[-1][0] + 1
+    figure = Figure((WIDTH, 0.175 * lines + 3.5), layout="constrained")
+    text, bars = figure.subplots(2, 1, height_ratios=[0.175 * lines, 1.7])
+    draw_text(text, inside, places)
+    names = [readable(piece, "␣") for piece, _ in inside.top]
+    values = 100 * np.array([probability for _, probability in inside.top])
+    bars.bar_label(bars.bar(range(len(names)), values, color=COLORS["local"]), fmt="%.1f", padding=2, fontsize=8)
+    tilt = {"rotation": 30, "ha": "right"} if max(map(len, names)) > 8 else {}
+    bars.set_xticks(range(len(names)), names, family="monospace", fontsize=8, parse_math=False, **tilt)
+    bars.set(ylabel="probability (%)", title=f"After the text: the {len(names)} likeliest next tokens (␣ is a space)")
+    bars.margins(x=0.01, y=0.15)
+    bits = -np.log2(np.maximum(inside.next_probabilities, 1e-38)).mean()
+    figure.suptitle(f"What {name} expects: the probability of each token before it is read ({bits:.2f} bits a token)")
     return figure
 
 
-def draw_text(figure: Any, inside: Inside, places: list[tuple[int, int]], columns: int) -> None:
-    """The text on tiles; the first token is expected by nothing and stays pale."""
-    axes, norm, palette = figure.subplots(), LogNorm(1e-4, 1, clip=True), matplotlib.colormaps["RdYlBu"]
-    axes.set(xlim=(0, columns), ylim=(places[-1][0] + 1, 0))
+def draw_text(axes: Any, inside: Inside, places: list[tuple[int, int]]) -> None:
+    """The text on tiles; the first token, which nothing precedes, stays pale."""
+    norm, palette = LogNorm(1e-4, 1, clip=True), matplotlib.colormaps["RdYlBu"].resampled(16)
+    axes.set(xlim=(0, COLUMNS), ylim=(places[-1][0] + 1, 0))
     axes.axis("off")
     for (line, column), piece, probability in zip(places, inside.pieces, [None, *inside.next_probabilities], strict=True):
-        shade = None if probability is None else float(norm(probability))
-        color, is_dark = (PALE, False) if shade is None else (palette(shade), not 0.12 < shade < 0.88)
-        axes.add_patch(Rectangle((column, line), len(piece), 0.9, color=color, linewidth=0))
-        ink = {"color": "white" if is_dark else "black", "family": "monospace", "fontsize": 7.6}
-        text = piece.replace("▁", " ").replace("\n", "⏎")
-        axes.text(column, line + 0.46, text, va="center", parse_math=False, **ink)  # a "$" in the text is no formula
-    label = "probability of the token, given all before it (log scale)"
-    colors = ScalarMappable(norm, palette)
-    figure.colorbar(colors, ax=axes, label=label, location="bottom", extend="min", aspect=60, shrink=0.6).outline.set_visible(False)
+        shade = 0.5 if probability is None else float(norm(probability))
+        color = PALE if probability is None else palette(shade)
+        axes.add_patch(Rectangle((column, line), len(piece) - 0.12, 0.9, color=color, linewidth=0))
+        ink = {"color": "black" if 0.12 < shade < 0.88 else "white", "family": "monospace", "fontsize": 7.6}
+        axes.text(column, line + 0.46, readable(piece), va="center", parse_math=False, **ink)  # a "$" starts no formula here
+    label = "probability of the token, given all before it (log scale): red surprises, blue is expected"
+    place_of_bar = {"location": "bottom", "extend": "min", "aspect": 60, "shrink": 0.6, "pad": 0.02}
+    axes.figure.colorbar(ScalarMappable(norm, palette), ax=axes, label=label, **place_of_bar)
 
 
-def place(pieces: list[str], columns: int) -> list[tuple[int, int]]:
-    """Line and column of each piece; lines end where they are full, and where the text's do."""
+def readable(piece: str, space: str = " ") -> str:
+    """A piece with its spaces and line ends as characters that have a shape, and as many of them."""
+    return piece.replace("▁", space).replace("\n", "¶").replace("\t", "→")
+
+
+def place(pieces: list[str]) -> list[tuple[int, int]]:
+    """Line and column of each piece; a line ends before a word that it has no room for, and where the text's ends."""
     places, line, column = [], 0, 0
-    for piece in pieces:
-        if column and column + len(piece) > columns:
+    for i, piece in enumerate(pieces):
+        rest = itertools.takewhile(lambda part: not part.startswith(("▁", "\n")), pieces[i + 1 :])
+        word = len(piece) + (sum(map(len, rest)) if piece.startswith("▁") else 0)
+        if column and column + min(word, COLUMNS) > COLUMNS:
             line, column = line + 1, 0
         places.append((line, column))
         line, column = (line + 1, 0) if piece.endswith("\n") else (line, column + len(piece))
     return places
 
 
-def draw_top(axes: Any, inside: Inside) -> None:
-    """The likeliest next tokens as bars."""
-    names = [piece.replace("▁", "␣").replace("\n", "⏎") for piece, _ in inside.top]
-    values = 100 * np.array([probability for _, probability in inside.top])
-    bars = axes.barh(range(len(values)), values, color=COLORS["local"])
-    axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7.5)
-    axes.set_yticks(range(len(values)))
-    axes.set_yticklabels(names, family="monospace", fontsize=8, parse_math=False)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set(xlabel="probability (%)", title=f"After the text: the {len(values)} likeliest tokens (␣ is a space)")
-
-
-def draw_surprise(axes: Any, inside: Inside) -> None:
-    """Bits of surprise at each token, with a running mean."""
-    bits = -np.log2(np.maximum(inside.next_probabilities, 1e-38))
-    positions, width = np.arange(1, len(bits) + 1), min(32, len(bits))
-    axes.plot(positions, bits, ".", color="#b4bac6", markersize=3.5, label="each token")
-    mean = np.convolve(bits, np.ones(width) / width, mode="valid")
-    axes.plot(positions[width - 1 :], mean, color=COLORS["global"], label=f"mean of the last {width}")
-    guess = np.log2(inside.logits.before.shape[-1])
-    axes.axhline(guess, color=GREY, linestyle="--", linewidth=1, label=f"a blind guess: {guess:.1f}")
-    axes.set(xlabel="token (position)", ylabel="surprise: −log2 probability (bits)")
-    axes.set(title=f"Surprise along the text: {bits.mean():.2f} bits a token", ylim=(0, 1.45 * max(guess, bits.max())))
-    axes.legend(fontsize=8, ncols=3, loc="upper center", columnspacing=1, handlelength=1.4)
-
-
 PICTURES = {"attention": draw_attention, "caps": draw_caps, "norms": draw_norms, "tokens": draw_tokens}
 
 
 def draw(inside: Inside, folder: Path, name: str) -> list[Path]:
-    """Writes the four pictures, each named `look_inside_*.png`, and returns their paths."""
+    """Writes the four pictures, `look_inside_*.png`, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"look_inside_{picture}.png" for picture in PICTURES]
     with matplotlib.rc_context(STYLE):
         for path, draw_picture in zip(paths, PICTURES.values(), strict=True):
-            draw_picture(inside, name).savefig(path, dpi=DPI)
+            pixels = io.BytesIO()
+            draw_picture(inside, name).savefig(pixels, format="png", dpi=DPI)
+            # 256 colors are a third of the bytes, and look the same.
+            Image.open(pixels).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return paths
 
 
 # --- command line ---------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with the text read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="gemma2_mini_en", help="built-in name or folder (default: %(default)s)")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", help="what the model reads (default: Lincoln's Gettysburg Address)")
-    source.add_argument("--file", type=Path, help="read the text from this UTF-8 file")
-    parser.add_argument("--output", type=Path, default=Path("look_inside"), help="folder for the pictures (default: %(default)s)")
-    parser.add_argument("--layers", help="whose attention to draw, as in 0,1 (default: the first local and the first global)")
-    parser.add_argument("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
-    options = parser.parse_args(arguments)
+def file_text(path: str) -> str:
+    """The text of a file, for argparse."""
     try:
-        if options.file is not None:
-            options.text = options.file.read_text(encoding="utf-8")
-        options.layers = [int(layer) for layer in options.layers.split(",")] if options.layers else None
-    except OSError as error:
-        parser.error(f"--file {options.file}: {error.strerror}")
-    except UnicodeDecodeError:
-        parser.error(f"--file {options.file} is not UTF-8 text")
-    except ValueError:
-        parser.error(f"--layers takes numbers with commas between, as in 0,1; got {options.layers!r}")
-    options.text = GETTYSBURG if options.text is None else options.text
-    if not options.text.strip():
-        parser.error("the text is empty; give at least one word")
-    return options
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path!r} as UTF-8 text: {error}") from error
+
+
+def layer_list(numbers: str) -> list[int]:
+    """Numbers with commas between, for argparse."""
+    try:
+        return [int(number) for number in numbers.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"takes numbers with commas between, as in 0,1; got {numbers!r}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    """Reads the command line (`sys.argv` if None), runs the model and writes the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", default="gemma2_mini_en", help="built-in name or folder (default: %(default)s)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", default=GETTYSBURG, help="what the model reads (default: Lincoln's Gettysburg Address)")
+    source.add_argument("--file", dest="text", type=file_text, metavar="FILE", help="the same, from a UTF-8 file")
+    add("--output", type=Path, default=Path("look_inside"), metavar="FOLDER", help="for the pictures (default: %(default)s)")
+    add("--layers", type=layer_list, help="whose attention to draw, as in 0,1 (default: the first local and the first global)")
+    add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
+    options = parser.parse_args(arguments)
+    if not options.text.strip():
+        parser.error("the text is empty; give at least one word")
     try:
         lm = keras_gemma2.Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
         inside = collect(lm, options.text, options.layers)
     except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"look_inside.py: {error}") from error
+        parser.error(str(error))
     for path in draw(inside, options.output, Path(options.preset).name):
         print(path)
 

@@ -155,9 +155,9 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
                 named[f"decoder_block_{i}/{path}"] = functools.reduce(getattr, path.split("/"), block)
         return named
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        check_token_inputs(inputs, self.config.vocabulary_size)
-        return super().call(inputs, training=training, mask=mask)
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        check_token_inputs(inputs, self.config.vocabulary_size)  # before Keras's own checks, which cannot name the mend
+        return super().__call__(inputs, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.config.to_dict()}

@@ -42,6 +42,8 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
     def __init__(self, backbone: Gemma2Backbone, preprocessor: Any = None, **kwargs: Any) -> None:
         self.backbone = backbone
         self.preprocessor = preprocessor
+        self._runner: Runner | None = None
+        self._runner_variables: list[int] = []
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
@@ -78,9 +80,9 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         self.compile(sampler=keras_hub.samplers.deserialize(config["sampler"]), **arguments)
         self.optimizer.build(self.trainable_variables)
 
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        check_token_inputs(inputs, self.backbone.config.vocabulary_size)
-        return super().call(inputs, training=training, mask=mask)
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        check_token_inputs(inputs, self.backbone.config.vocabulary_size)  # before Keras's own checks, which cannot name the mend
+        return super().__call__(inputs, *args, **kwargs)
 
     # Token dicts bypass the preprocessor -------------------------------------------------------------------------------
 
@@ -139,11 +141,12 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
 
     # Generation ----------------------------------------------------------------------------------------------------------
 
-    def make_generate_function(self) -> Any:
-        """The compiled prefill and decode step; made once, and again after `compile`."""
-        if self.generate_function is None:
-            self.generate_function = Runner(self.backbone)
-        return self.generate_function
+    def make_generate_function(self) -> Runner:
+        """The compiled prefill and decode step. Kept until the model's variables are replaced, whatever the sampler."""
+        variables = [id(variable) for variable in self.backbone.variables]
+        if self._runner is None or self._runner_variables != variables:
+            self._runner, self._runner_variables = Runner(self.backbone), variables
+        return self._runner
 
     def generate(
         self,

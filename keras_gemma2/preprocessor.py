@@ -18,13 +18,14 @@ from keras_hub.src.utils.tensor_utils import (
     in_tf_function,
 )
 
+from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.tokenizer import Gemma2Tokenizer, identity_if, read_graph_texts, read_texts, shorten, shorten_in_graph, to_numpy
 
 _TRUNCATIONS = ("error", "right", "left")
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
+class Gemma2CausalLMPreprocessor(FromPreset, keras_hub.models.CausalLMPreprocessor):
     """Turns text into the inputs of a Gemma 2 model, and its output into text.
 
     Every sequence has `<bos>` at most once, and first: Gemma is much worse

@@ -12,7 +12,9 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
-from keras_hub.src.utils.tensor_utils import in_tf_function
+from keras_hub.src.utils.tensor_utils import assert_tf_libs_installed, in_tf_function
+
+from keras_gemma2.from_preset import FromPreset
 
 # Pieces that frame a sequence; they are dropped from generated text.
 _FRAME_PIECES = {
@@ -30,7 +32,7 @@ _PLAIN_ATTRIBUTES = ("_vocabulary", "_token_to_id_map")
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
+class Gemma2Tokenizer(FromPreset, keras_hub.tokenizers.SentencePieceTokenizer):
     """Turns text into Gemma 2 token ids, and token ids back into text.
 
     No beginning-of-sequence token is added here: that is the preprocessor's
@@ -43,9 +45,9 @@ class Gemma2Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     the character U+2581 (lower one eighth block): SentencePiece writes spaces
     with it, so it comes back as a space.
 
-    The same ids come out of a direct call and of a `tf.data` pipeline. The
-    TensorFlow side is built when a pipeline is first traced, so a program
-    without `tf.data` does not pay for it.
+    The same ids come out of a direct call, which runs in Python, and of a
+    `tf.data` pipeline, which runs in TensorFlow. A pipeline has its own copy
+    of the vocabulary, read (in a third of a second) when an iteration starts.
 
     Args:
         proto: The vocabulary: a path to a SentencePiece model file
@@ -166,7 +168,8 @@ class Gemma2Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """
         self._check_vocabulary()
         if in_tf_function():
-            return super().tokenize(read_graph_texts(inputs, "inputs"))
+            texts = read_graph_texts(inputs, "inputs")
+            return self._tokenize_in_graph(texts)
         texts, batched = read_texts(inputs, "inputs")
         return super().tokenize(texts if batched else texts[0])
 
@@ -193,7 +196,7 @@ class Gemma2Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """
         self._check_vocabulary()
         if in_tf_function():
-            return super().detokenize(self._check_graph_ids(inputs))
+            return self._detokenize_in_graph(self._check_graph_ids(inputs))
         rows, batched = self._read_id_rows(inputs)
         if not rows:
             return []
@@ -261,25 +264,67 @@ class Gemma2Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             return inputs.with_flat_values(flat)
         return flat
 
+    def _use_tf_workflow(self) -> bool:
+        """Whether a `tf.data` pipeline or a `tf.function` is being traced.
+
+        Direct calls always run in Python, whatever keras-hub's private
+        `_allow_python_workflow` says: the ids are the same.
+        """
+        return in_tf_function()
+
     def _set_proto_tf(self, proto: bytes) -> None:
-        """Forgets the TensorFlow op: the next trace builds it anew."""
-        del proto
+        """Makes no op: each graph has its own. Called by `set_proto`."""
         self._sentence_piece = None
 
-    def _maybe_initialized_tf(self) -> None:
-        """Builds the TensorFlow op, outside the graph being traced.
+    def _set_proto_spm(self, proto: bytes) -> None:
+        """Loads the vocabulary. Called by `set_proto`."""
+        if not proto:
+            # Before 0.2.2, SentencePiece takes this for no vocabulary at all
+            # and ends the process when asked about it.
+            raise RuntimeError("it is empty")
+        super()._set_proto_spm(proto)
 
-        keras-hub builds it with the vocabulary, because an op made while a
-        pipeline is traced belongs to that pipeline alone. `tf.init_scope`
-        leaves the trace first, so later is as good, and half a second and a
-        second copy of the vocabulary are saved where no pipeline is used.
+    def _graph_op(self) -> Any:
+        """The TensorFlow tokenizer, as part of the graph being traced.
+
+        keras-hub makes one, outside of all graphs, for all of them. But what
+        it makes lives in TensorFlow's cache of kernels, which
+        `keras.utils.set_random_seed` and `keras.utils.clear_session` empty;
+        pipelines then fail with "Resource ... does not exist". One in the
+        graph lives as long as the graph, is saved with it, and costs nothing
+        where there is none.
         """
-        if self._sentence_piece is not None:
-            return
+        assert_tf_libs_installed(type(self).__name__)
+        import tensorflow as tf
+        import tensorflow_text as tf_text
+
+        is_text = tf.as_dtype(self.compute_dtype) == tf.string
+        return tf_text.SentencepieceTokenizer(
+            model=self.proto,
+            out_type=tf.string if is_text else tf.int32,
+            add_bos=self.add_bos,
+            add_eos=self.add_eos,
+        )
+
+    def _tokenize_in_graph(self, texts: Any) -> Any:
+        """`tokenize`, for a string tensor of rank 0 or 1."""
         import tensorflow as tf
 
-        with tf.init_scope(), tf.device("cpu"):
-            super()._set_proto_tf(self.proto)
+        with tf.device("cpu"):
+            batch = texts if texts.shape.rank == 1 else texts[tf.newaxis]
+            rows = self._graph_op().tokenize(batch)
+            rows = tf.cast(rows, self.compute_dtype)
+            if self.sequence_length:
+                shape = (None, self.sequence_length)
+                rows = rows.to_tensor(self.pad_token_id, shape=shape)
+            return rows if texts.shape.rank == 1 else rows[0]
+
+    def _detokenize_in_graph(self, ids: Any) -> Any:
+        """`detokenize`, for a dense or ragged tensor of rank 1 or 2."""
+        import tensorflow as tf
+
+        with tf.device("cpu"):
+            return self._graph_op().detokenize(tf.cast(ids, tf.int32))
 
     def _update_special_token_ids(self) -> None:
         """Looks the special pieces up. Called by `set_proto`."""

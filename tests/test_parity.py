@@ -20,8 +20,11 @@ ROWS = {
     "attention cap": ({"attn_logit_softcapping": 2.0}, {"attention_logit_soft_cap": 3.0}),
     "no attention cap": ({"attn_logit_softcapping": None}, {"attention_logit_soft_cap": 50.0}),
     "final cap": ({"final_logit_softcapping": 1.0}, {"final_logit_soft_cap": 1.1}),
-    "no final cap": ({"final_logit_softcapping": None}, {"final_logit_soft_cap": 30.0}),
-    "caps of Gemma 2": ({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, {"final_logit_soft_cap": 50.0}),
+    "no final cap": ({"final_logit_softcapping": None}, {"final_logit_soft_cap": 3.0}),
+    "caps of Gemma 2, not swapped": (
+        {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "enlarge": 20.0},
+        {"attention_logit_soft_cap": 30.0, "final_logit_soft_cap": 50.0},
+    ),
     "window shorter than the text": ({"sliding_window": 3}, {"sliding_window_size": 4}),
     "window of one": ({"sliding_window": 1}, {"sliding_window_size": 2}),
     "window longer than the text": ({"sliding_window": 40}, {"sliding_window_size": 20}),
@@ -91,9 +94,9 @@ def test_hidden_states_equal_transformers(name, token_ids):
     assert np.abs(ours - expected).max() <= TOLERANCE * np.ptp(expected)
 
 
-# Bounds at the worst element, as a share of the logits' range: twice what was measured on the worst backend (3.0% in
-# bfloat16, 0.33% in float16; their roundings of 2^-9 and 2^-12 a step, grown by 4 layers of large weights).
-@pytest.mark.parametrize("dtype, bound", [("bfloat16", 0.06), ("mixed_bfloat16", 0.06), ("float16", 0.008), ("mixed_float16", 0.008)])
+# Bounds at the worst element, as a share of the logits' range: twice what was measured on the worst backend (2.4% in
+# bfloat16, 0.33% in float16; their roundings of 2^-8 and 2^-11 a step, grown by 4 layers of large weights).
+@pytest.mark.parametrize("dtype, bound", [("bfloat16", 0.05), ("mixed_bfloat16", 0.05), ("float16", 0.008), ("mixed_float16", 0.008)])
 @pytest.mark.filterwarnings("ignore:Gemma 2's activations")
 def test_half_precision_is_finite_and_near(dtype, bound, token_ids):
     folder, model = hugging_face_folder()

@@ -297,8 +297,13 @@ def test_what_is_no_text_is_refused(tokenizer, x, error, message):
 
 @pytest.mark.parametrize(
     "value, error",
-    [(0, ValueError), (-3, ValueError), (1.5, TypeError), ("8", TypeError)]
-    + [(True, TypeError)],
+    [
+        (0, ValueError),
+        (-3, ValueError),
+        (1.5, TypeError),
+        ("8", TypeError),
+        (True, TypeError),
+    ],
 )
 def test_length_must_be_a_positive_integer(tokenizer, value, error):
     preprocessor = build(tokenizer, np.int64(4))

@@ -25,8 +25,8 @@ lines are pieces too. Digits 0 1 2 3 4 5 6 7 8 9 are always cut one by one.
 
 _LONGEST_RUN = 31
 
-# Each has broken a tokenizer somewhere: spaces that are eaten, characters
-# that are normalized away, pieces that are mistaken for tokens.
+# What tokenizers get wrong: spaces are eaten, characters are normalized away,
+# spelled-out pieces are mistaken for tokens.
 HARD_TEXTS = (
     "",
     " ",

@@ -22,9 +22,15 @@ def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...],
     """A tensor filled with consecutive blocks of rows, so that host memory holds one block at a time."""
     buffer, start = torch.empty(shape, dtype=to_torch_dtype(dtype), device=get_device()), 0
     for block in blocks:
-        buffer[start : start + block.shape[0]].copy_(torch.from_numpy(block))
+        buffer[start : start + block.shape[0]].copy_(_from_numpy(block))
         start += block.shape[0]
     return buffer
+
+
+def _from_numpy(block: np.ndarray) -> torch.Tensor:
+    if block.dtype.name == "bfloat16":  # numpy's bfloat16 comes from ml_dtypes, which torch does not know
+        return torch.from_numpy(block.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(block)
 
 
 def write_slots(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ TOKENIZER_FILE = "tokenizer.model"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 ELEMENTS_A_BLOCK = 1 << 22
+STORED_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def load_weights(backbone: Any, folder: str) -> None:
@@ -72,14 +73,18 @@ def save_hugging_face_folder(lm: Any, folder: str, weights_dtype: str = "float16
     Example:
         >>> save_hugging_face_folder(lm, "./my_gemma2", "bfloat16", "bfloat16")
     """
-    dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[weights_dtype]
+    if weights_dtype not in STORED_DTYPES:
+        raise ValueError(f"`weights_dtype` must be one of {sorted(STORED_DTYPES)}. Received: {weights_dtype!r}.")
+    dtype = STORED_DTYPES[weights_dtype]
     named = lm.backbone.named_weights()
     tensors = {row.hugging_face: _converted(named[row.path], row.path, dtype) for row in rows_for(lm.backbone.config)}
     target = os.path.abspath(folder)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     staging = tempfile.mkdtemp(prefix=".hugging-face-", dir=os.path.dirname(target))
     try:
-        safetensors.numpy.save_file(tensors, os.path.join(staging, WEIGHTS_FILE), metadata={"format": "pt"})
+        weights = os.path.join(staging, WEIGHTS_FILE)
+        safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+        os.chmod(weights, 0o644)  # the library makes it readable for its owner only, others in a shared folder need it too
         _write_json(os.path.join(staging, CONFIG_FILE), config_to_hugging_face(lm.backbone.config, config_dtype))
         generation = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
         if lm.preprocessor is not None:
@@ -171,9 +176,11 @@ def _row_blocks(tensor: Any) -> Iterator[np.ndarray]:
 
 def _converted(variable: Any, path: str, dtype: Any) -> np.ndarray:
     value = keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32"))
-    converted = value.astype(dtype)
+    with np.errstate(over="ignore"):  # an overflow is refused below
+        converted = value.astype(dtype)
     if not np.isfinite(converted.astype("float32")).all():
-        raise ValueError(f"The weight {path!r} does not fit `weights_dtype` {np.dtype(dtype).name}: largest is {np.abs(value).max()}.")
+        largest = np.abs(value).max()
+        raise ValueError(f"The weight {path!r} does not fit `weights_dtype` {np.dtype(dtype).name}: largest is {largest}.")
     return converted
 
 

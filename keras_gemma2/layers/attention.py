@@ -56,7 +56,7 @@ class GroupedQueryAttention(keras.layers.Layer):
         logit_soft_cap: float | None = 50.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # cos and sin must stay float32
         if num_query_heads % num_key_value_heads:
             raise ValueError(
                 f"`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
