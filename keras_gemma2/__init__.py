@@ -29,7 +29,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'keras_gemma2' has no attribute {name!r}. Public names: {', '.join(__all__)}.")
     importlib.import_module("keras_gemma2._registration")
     module = _PUBLIC[name]
-    value = importlib.import_module("keras_gemma2.layers") if module is None else getattr(importlib.import_module(module), name)
+    value = (
+        importlib.import_module("keras_gemma2.layers")
+        if module is None
+        else getattr(importlib.import_module(module), name)
+    )
     globals()[name] = value
     return value
 

@@ -110,7 +110,11 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
             kind: AttentionMask(config.window(kind), dtype=dtype, name=f"{kind}_attention_mask")
             for kind in sorted(set(config.layer_types))
         }
-        self.embedding_dropout = keras.layers.Dropout(dropout, dtype=self.token_embedding.stream_dtype, name="embedding_dropout") if dropout else None
+        self.embedding_dropout = (
+            keras.layers.Dropout(dropout, dtype=self.token_embedding.stream_dtype, name="embedding_dropout")
+            if dropout
+            else None
+        )
         self.transformer_layers = [
             DecoderBlock(config, dtype=dtype, name=f"decoder_block_{i}") for i in range(config.num_layers)
         ]
@@ -149,7 +153,10 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
 
     def named_weights(self) -> dict[str, keras.Variable]:
         """Every weight by its path in `Gemma2Config.weight_shapes`, which the checkpoint tables are written in."""
-        named = {"token_embedding/embeddings": self.token_embedding.embeddings, "final_norm/scale": self.layer_norm.scale}
+        named = {
+            "token_embedding/embeddings": self.token_embedding.embeddings,
+            "final_norm/scale": self.layer_norm.scale,
+        }
         for i, block in enumerate(self.transformer_layers):
             for path in self.config.block_weight_shapes():
                 named[f"decoder_block_{i}/{path}"] = functools.reduce(getattr, path.split("/"), block)

@@ -81,7 +81,9 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         self.optimizer.build(self.trainable_variables)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        check_token_inputs(inputs, self.backbone.config.vocabulary_size)  # before Keras's own checks, which cannot name the mend
+        check_token_inputs(
+            inputs, self.backbone.config.vocabulary_size
+        )  # before Keras's own checks, which cannot name the mend
         return super().__call__(inputs, *args, **kwargs)
 
     # Token dicts bypass the preprocessor -------------------------------------------------------------------------------
@@ -92,7 +94,9 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
 
-    def fit(self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+    def fit(
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
         """Trains the model; as `keras.Model.fit`.
 
         Args:
@@ -113,7 +117,9 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             kwargs["validation_data"] = keras.utils.pack_x_y_sample_weight(*self._with_labels(*parts))
         return self._trainer(x).fit(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
-    def evaluate(self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any) -> Any:
+    def evaluate(
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
         """Loss and metrics; inputs as `fit` takes them."""
         x, y, sample_weight = self._with_labels(x, y, sample_weight)
         return self._trainer(x).evaluate(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
@@ -132,7 +138,11 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         return super().test_on_batch(*self._with_labels(x, y, sample_weight), **kwargs)
 
     def _with_labels(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
-        return label_tokens(x, y, sample_weight, self.backbone.config.vocabulary_size) if is_token_dict(x) else (x, y, sample_weight)
+        return (
+            label_tokens(x, y, sample_weight, self.backbone.config.vocabulary_size)
+            if is_token_dict(x)
+            else (x, y, sample_weight)
+        )
 
     def _trainer(self, x: Any) -> type:
         """Whose fit, evaluate and predict to run: Keras's own for what is tokens already, keras-hub's for texts."""
@@ -177,11 +187,16 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         stop_token_ids = self._resolve_stop_token_ids(stop_token_ids)
         if hasattr(inputs, "as_numpy_iterator"):
             return _concatenate(
-                [self._generate_batch(batch, max_length, stop_token_ids, strip_prompt) for batch in inputs.as_numpy_iterator()]
+                [
+                    self._generate_batch(batch, max_length, stop_token_ids, strip_prompt)
+                    for batch in inputs.as_numpy_iterator()
+                ]
             )
         return self._generate_batch(inputs, max_length, stop_token_ids, strip_prompt)
 
-    def _generate_batch(self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool) -> Any:
+    def _generate_batch(
+        self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool
+    ) -> Any:
         if is_token_dict(inputs):
             return self._generate_from_tokens(inputs, max_length, stop_token_ids, strip_prompt)
         if self.preprocessor is None:
@@ -191,7 +206,9 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             )
         return self._generate_from_text(inputs, max_length, stop_token_ids, strip_prompt)
 
-    def _generate_from_text(self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool) -> Any:
+    def _generate_from_text(
+        self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool
+    ) -> Any:
         texts, is_scalar = as_texts(inputs)
         length = self._check_max_length(self.preprocessor.sequence_length if max_length is None else max_length)
         tokens = self.preprocessor.generate_preprocess(texts, sequence_length=length)
@@ -227,7 +244,9 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             return ()
         if isinstance(stop_token_ids, str):
             if stop_token_ids != "auto":
-                raise ValueError(f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}.")
+                raise ValueError(
+                    f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}."
+                )
             if self.preprocessor is None:
                 raise ValueError(
                     "`stop_token_ids='auto'` needs a preprocessor, whose tokenizer names the stop tokens. "

@@ -35,21 +35,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="keras-gemma2", description="Gemma 2 in Keras 3, on JAX, TensorFlow and PyTorch.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_OneLineErrors)
+    parser = _OneLineErrors(prog="keras-gemma2", description="Gemma 2 in Keras 3, on JAX, TensorFlow and PyTorch.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="continue a text", description="Continues a text and prints it.")
-    generate.add_argument("prompt", type=_text, help="the text to continue")
-    generate.add_argument("--preset", default=DEFAULT_PRESET, help="built-in name or folder (default: %(default)s)")
-    generate.add_argument("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
-    generate.add_argument("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
-    generate.add_argument("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="default: %(default)s")
-    generate.add_argument("--temperature", type=_at_least(float, 0), default=0.8, metavar="X", help="0 is greedy (default: %(default)s)")
-    generate.add_argument("--top-k", type=_at_least(int, 0), default=0, metavar="K", help="keep the K likeliest tokens; 0 is off (default)")
-    generate.add_argument("--top-p", type=_probability, default=0.95, metavar="P", help="keep the likeliest tokens up to this probability (default: %(default)s)")
-    generate.add_argument("--seed", type=_at_least(int, 0), help="makes the text repeatable on one backend")
-    generate.add_argument("--strip-prompt", action="store_true", help="print the continuation without the prompt")
+    add = generate.add_argument
+    number, integer = _at_least(float, 0), _at_least(int, 0)
+    add("prompt", type=_text, help="the text to continue")
+    add("--preset", default=DEFAULT_PRESET, help="built-in name or folder (default: %(default)s)")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
+    add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
+    add("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="default: %(default)s")
+    add("--temperature", type=number, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)")
+    add("--top-k", type=integer, default=0, metavar="K", help="keep the K likeliest tokens; 0 is off (default)")
+    add(
+        "--top-p",
+        type=_probability,
+        default=0.95,
+        metavar="P",
+        help="keep the likeliest up to this sum (default: %(default)s)",
+    )
+    add("--seed", type=integer, metavar="N", help="makes the text repeatable on one backend")
+    add("--strip-prompt", action="store_true", help="print the continuation without the prompt")
     generate.set_defaults(run=_generate)
-    info = commands.add_parser("info", help="print a model's layers and sizes", description="Prints the tree of layers; loads no weights.")
+    info = commands.add_parser(
+        "info", help="print a model's layers", description="Prints the tree of layers; loads no weights."
+    )
     info.add_argument("preset", help="built-in name or folder")
     info.set_defaults(run=_info)
     return parser

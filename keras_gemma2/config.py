@@ -85,7 +85,9 @@ class Gemma2Config:
                 f"Received: head_dim={self.head_dim}."
             )
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"`dropout` must be a number from 0 up to, not including, 1. Received: dropout={self.dropout!r}.")
+            raise ValueError(
+                f"`dropout` must be a number from 0 up to, not including, 1. Received: dropout={self.dropout!r}."
+            )
         if self.query_pre_attn_scalar is None:
             _set(self, "query_pre_attn_scalar", self.head_dim)
         _set(self, "layer_types", self._resolve_layer_types())
@@ -94,7 +96,9 @@ class Gemma2Config:
         if self.layer_types is None:
             return tuple(LAYER_TYPES[i % 2] for i in range(self.num_layers))
         if isinstance(self.layer_types, str):
-            raise ValueError(f"`layer_types` must be a list with one entry a layer. Received: layer_types={self.layer_types!r}.")
+            raise ValueError(
+                f"`layer_types` must be a list with one entry a layer. Received: layer_types={self.layer_types!r}."
+            )
         types = tuple(self.layer_types)
         if len(types) != self.num_layers:
             raise ValueError(
@@ -103,7 +107,9 @@ class Gemma2Config:
             )
         for i, kind in enumerate(types):
             if kind not in LAYER_TYPES:
-                raise ValueError(f"`layer_types` entries must be 'local' or 'global'. Received: layer_types[{i}]={kind!r}.")
+                raise ValueError(
+                    f"`layer_types` entries must be 'local' or 'global'. Received: layer_types[{i}]={kind!r}."
+                )
         return types
 
     @classmethod

@@ -27,7 +27,9 @@ def check_token_inputs(inputs: Any, vocabulary_size: int) -> None:
     """
     if not is_token_dict(inputs):
         received = f"keys {sorted(inputs)}" if isinstance(inputs, Mapping) else type(inputs).__name__
-        raise ValueError(f"`inputs` must be a dict with 'token_ids' and 'padding_mask', each [batch, length]. Received: {received}.")
+        raise ValueError(
+            f"`inputs` must be a dict with 'token_ids' and 'padding_mask', each [batch, length]. Received: {received}."
+        )
     token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
     shapes = [tuple(ops.shape(x)) for x in (token_ids, padding_mask)]
     if len(shapes[0]) != 2 or len(shapes[1]) != 2 or _differ(*shapes):

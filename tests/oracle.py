@@ -84,7 +84,11 @@ def numpy_logits(weights, config, token_ids):
     embeddings = w["token_embedding/embeddings"]
     x = embeddings[np.asarray(token_ids)] * np.sqrt(config.hidden_dim)
     for i, kind in enumerate(config.layer_types):
-        block = {path.removeprefix(f"decoder_block_{i}/"): v for path, v in w.items() if path.startswith(f"decoder_block_{i}/")}
+        block = {
+            path.removeprefix(f"decoder_block_{i}/"): v
+            for path, v in w.items()
+            if path.startswith(f"decoder_block_{i}/")
+        }
         h = _norm(x, block["pre_attention_norm/scale"], config)
         x = x + _norm(_attention(h, block, config, kind == "local"), block["post_attention_norm/scale"], config)
         h = _norm(x, block["pre_ffw_norm/scale"], config)

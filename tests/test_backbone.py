@@ -58,7 +58,9 @@ def test_config_round_trip(tiny):
     backbone = Gemma2Backbone(**tiny, layer_types=["global"] * 4, dropout=0.1, dtype="mixed_bfloat16", name="mine")
     again = Gemma2Backbone.from_config(backbone.get_config())
     assert again.config == backbone.config and again.name == "mine" and again.compute_dtype == "bfloat16"
-    assert keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(backbone)).config == backbone.config
+    assert (
+        keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(backbone)).config == backbone.config
+    )
     assert isinstance(backbone, keras_hub.models.Backbone)
 
 
@@ -85,7 +87,10 @@ def test_ids_outside_the_vocabulary_raise(backbone, bad, shown):
     [
         ({"token_ids": np.zeros((1, 3), int)}, "'token_ids' and 'padding_mask'.*'token_ids'"),
         (np.zeros((1, 3), int), "'token_ids' and 'padding_mask'"),
-        ({"token_ids": np.zeros((1, 3), int), "padding_mask": np.ones((1, 4), int)}, r"\(1, 3\), padding_mask \(1, 4\)"),
+        (
+            {"token_ids": np.zeros((1, 3), int), "padding_mask": np.ones((1, 4), int)},
+            r"\(1, 3\), padding_mask \(1, 4\)",
+        ),
         ({"token_ids": np.zeros(3, int), "padding_mask": np.ones(3, int)}, r"\[batch, length\].*\(3,\)"),
     ],
 )

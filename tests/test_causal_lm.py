@@ -302,7 +302,9 @@ def test_the_embedded_preset_equals_transformers_on_its_folder(mini):
 
     from keras_gemma2.presets.registry import EMBEDDED_FOLDER
 
-    model = transformers.Gemma2ForCausalLM.from_pretrained(EMBEDDED_FOLDER, dtype="float32", attn_implementation="eager")
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        EMBEDDED_FOLDER, dtype="float32", attn_implementation="eager"
+    )
     x = mini.preprocessor.generate_preprocess(["It is our duty to preserve the peace. " * 20], sequence_length=400)
     token_ids = array(x["token_ids"])[:, : int(array(x["padding_mask"]).sum())]
     assert token_ids.shape[1] > 140  # past the window of 128

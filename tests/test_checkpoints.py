@@ -186,7 +186,9 @@ def test_written_folder_is_read_by_transformers_and_by_us(tmp_path, dtype):
     source, _ = hugging_face_folder()
     lm = Gemma2CausalLM.from_preset(source)
     save_hugging_face_folder(lm, tmp_path / "out", dtype, "float32")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32", attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="float32", attn_implementation="eager"
+    )
     ours = logits(Gemma2CausalLM.from_preset(tmp_path / "out"))
     expected = hugging_face_logits(theirs, IDS)
     assert np.abs(ours - expected).max() <= TOLERANCE * np.ptp(expected)

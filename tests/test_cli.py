@@ -98,7 +98,9 @@ def test_a_backend_that_is_not_installed_is_named(capsys, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else found(name, *rest)
+    )
     monkeypatch.setenv("KERAS_BACKEND", os.environ.get("KERAS_BACKEND", "tensorflow"))
     assert main(["generate", "x", "--backend", "torch"]) == 2
     assert "pip install torch" in capsys.readouterr().err
@@ -117,7 +119,9 @@ def test_info_shows_the_whole_tree(name, capsys):
 
 
 def test_info_of_a_folder_lists_unusual_layers(capsys):
-    folder, _ = hugging_face_folder(layer_types=("full_attention", "full_attention", "sliding_attention", "full_attention"))
+    folder, _ = hugging_face_folder(
+        layer_types=("full_attention", "full_attention", "sliding_attention", "full_attention")
+    )
     assert main(["info", folder]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "decoder_block" in line] == [
         "global",

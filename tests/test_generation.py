@@ -53,7 +53,9 @@ def test_cached_logits_equal_uncached_step_by_step(pair, lengths):
             assert np.abs(ours[row] - expected[step]).max() <= TOLERANCE * np.ptp(expected), (row, step)
         tokens = np.array([text[n + step] for (text, _), n in zip(oracle, lengths)], "int32")
         if step < 13:
-            logits, caches = runner.step(caches, keras.ops.convert_to_tensor(tokens), keras.ops.convert_to_tensor(positions))
+            logits, caches = runner.step(
+                caches, keras.ops.convert_to_tensor(tokens), keras.ops.convert_to_tensor(positions)
+            )
             positions = positions + 1
 
 

@@ -96,7 +96,9 @@ def test_hidden_states_equal_transformers(name, token_ids):
 
 # Bounds at the worst element, as a share of the logits' range: twice what was measured on the worst backend (2.4% in
 # bfloat16, 0.33% in float16; their roundings of 2^-8 and 2^-11 a step, grown by 4 layers of large weights).
-@pytest.mark.parametrize("dtype, bound", [("bfloat16", 0.05), ("mixed_bfloat16", 0.05), ("float16", 0.008), ("mixed_float16", 0.008)])
+@pytest.mark.parametrize(
+    "dtype, bound", [("bfloat16", 0.05), ("mixed_bfloat16", 0.05), ("float16", 0.008), ("mixed_float16", 0.008)]
+)
 @pytest.mark.filterwarnings("ignore:Gemma 2's activations")
 def test_half_precision_is_finite_and_near(dtype, bound, token_ids):
     folder, model = hugging_face_folder()

@@ -15,7 +15,7 @@ PACKAGE = Path(keras_gemma2.__file__).parent
 LAYERS = [
     {"config", "from_preset"},
     {"backend"},
-    {"layers", "inputs"},
+    {"layers", "inputs", "text_inputs"},
     {"cache"},
     {"tokenizer", "preprocessor"},
     {"backbone"},
@@ -39,6 +39,8 @@ def imports(path, top_level):
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "keras_gemma2":
+            yield from (f"keras_gemma2.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
 

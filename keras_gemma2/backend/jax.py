@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from keras_gemma2.backend.memory import gather_rows
+
 
 def linear(x: jax.Array, kernel: jax.Array, float32_output: bool = False) -> jax.Array:
     """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
@@ -20,16 +22,14 @@ def linear(x: jax.Array, kernel: jax.Array, float32_output: bool = False) -> jax
     return jax.lax.dot_general(x, kernel, contract_last, preferred_element_type=out_dtype)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_rows(buffer: jax.Array, block: jax.Array, start: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, block, (start,) + (0,) * (buffer.ndim - 1))
-
-
 def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """A tensor filled with consecutive blocks of rows, so that host memory holds one block at a time.
+    """A tensor filled with consecutive blocks of rows, so that beside it only one block is in memory.
 
-    The buffer is donated to each write, so there is one copy of it on the device.
+    On CPU the rows are gathered in one aligned array, whose memory `jax.device_put` takes over; on other devices each
+    block is written into a donated buffer there.
     """
+    if jax.default_backend() == "cpu":
+        return jax.device_put(gather_rows(blocks, shape, jnp.dtype(dtype)), jax.devices("cpu")[0])
     buffer, start = jnp.zeros(shape, dtype), 0
     for block in blocks:
         buffer = _write_rows(buffer, jnp.asarray(block, dtype), start)
@@ -37,6 +37,11 @@ def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...],
         buffer.block_until_ready()
         start += block.shape[0]
     return buffer
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(buffer: jax.Array, block: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, block, (start,) + (0,) * (buffer.ndim - 1))
 
 
 def write_slots(cache: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:

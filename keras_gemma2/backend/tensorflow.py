@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_gemma2.backend.memory import gather_rows
+
 
 def linear(x: tf.Tensor, kernel: tf.Tensor, float32_output: bool = False) -> tf.Tensor:
     """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
@@ -22,15 +24,16 @@ def linear(x: tf.Tensor, kernel: tf.Tensor, float32_output: bool = False) -> tf.
 
 
 def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> tf.Tensor:
-    """A tensor filled with consecutive blocks of rows.
+    """A tensor filled with consecutive blocks of rows, so that beside it only one block is in memory.
 
-    The blocks are gathered in one array of the final dtype, whose memory TensorFlow takes over on CPU without a copy.
+    The rows are gathered in one aligned array, whose memory TensorFlow takes over by DLPack. numpy has no DLPack for
+    bfloat16; the same bits as uint16 have.
     """
-    buffer, start = np.empty(shape, tf.as_dtype(dtype).as_numpy_dtype), 0
-    for block in blocks:
-        buffer[start : start + block.shape[0]] = block
-        start += block.shape[0]
-    return tf.convert_to_tensor(buffer)
+    dtype = tf.as_dtype(dtype)
+    array = gather_rows(blocks, shape, dtype.as_numpy_dtype)
+    if dtype != tf.bfloat16:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.bitcast(tf.experimental.dlpack.from_dlpack(array.view(np.uint16).__dlpack__()), dtype)
 
 
 def write_slots(cache: tf.Tensor, values: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:

@@ -56,7 +56,9 @@ def load_weights(backbone: Any, folder: str) -> None:
             variable.assign(backend.tensor_from_row_blocks(_row_blocks(tensors[name]), shape, variable.dtype))
 
 
-def save_hugging_face_folder(lm: Any, folder: str, weights_dtype: str = "float16", config_dtype: str = "float32") -> None:
+def save_hugging_face_folder(
+    lm: Any, folder: str, weights_dtype: str = "float16", config_dtype: str = "float32"
+) -> None:
     """Writes a model as a Hugging Face folder, which `from_preset` and transformers read.
 
     All files are written beside and moved when complete.
@@ -84,7 +86,9 @@ def save_hugging_face_folder(lm: Any, folder: str, weights_dtype: str = "float16
     try:
         weights = os.path.join(staging, WEIGHTS_FILE)
         safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
-        os.chmod(weights, 0o644)  # the library makes it readable for its owner only, others in a shared folder need it too
+        os.chmod(
+            weights, 0o644
+        )  # the library makes it readable for its owner only, others in a shared folder need it too
         _write_json(os.path.join(staging, CONFIG_FILE), config_to_hugging_face(lm.backbone.config, config_dtype))
         generation = {"bos_token_id": 2, "eos_token_id": [1, 107], "pad_token_id": 0}
         if lm.preprocessor is not None:
@@ -180,7 +184,9 @@ def _converted(variable: Any, path: str, dtype: Any) -> np.ndarray:
         converted = value.astype(dtype)
     if not np.isfinite(converted.astype("float32")).all():
         largest = np.abs(value).max()
-        raise ValueError(f"The weight {path!r} does not fit `weights_dtype` {np.dtype(dtype).name}: largest is {largest}.")
+        raise ValueError(
+            f"The weight {path!r} does not fit `weights_dtype` {np.dtype(dtype).name}: largest is {largest}."
+        )
     return converted
 
 

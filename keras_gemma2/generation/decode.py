@@ -52,7 +52,8 @@ def decode_step(backbone: Any, caches: Caches, token_ids: Any, positions: Any) -
     config, queries = backbone.config, positions[:, None]
     sizes = {kind: cache[0].shape[2] for kind, cache in zip(config.layer_types, caches)}
     masks = {
-        kind: attention_mask(queries, *slot_positions(positions, size), config.window(kind)) for kind, size in sizes.items()
+        kind: attention_mask(queries, *slot_positions(positions, size), config.window(kind))
+        for kind, size in sizes.items()
     }
     steps = [StepCache(cache, positions) for cache in caches]
     x = backbone.run_blocks(token_ids[:, None], queries, masks, steps)

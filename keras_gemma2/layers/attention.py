@@ -100,7 +100,11 @@ class GroupedQueryAttention(keras.layers.Layer):
         queries = apply_rotary(queries, cos, sin) * self.query_pre_attn_scalar**-0.5
         queries = ops.reshape(queries, (batch, steps, kv_heads, groups, self.head_dim))
         keys = apply_rotary(keys, cos, sin)
-        return ops.transpose(queries, (0, 2, 3, 1, 4)), ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 1, 3))
+        return (
+            ops.transpose(queries, (0, 2, 3, 1, 4)),
+            ops.transpose(keys, (0, 2, 1, 3)),
+            ops.transpose(values, (0, 2, 1, 3)),
+        )
 
     def _scores(self, queries: Any, keys: Any) -> Any:
         # float32 from here to the softmax: the cap's tanh and the softmax's sum lose too much in half precision.

@@ -19,7 +19,9 @@ from keras_gemma2.presets.registry import HUGGING_FACE, KERAS, SIZE_ONLY, Source
 from keras_gemma2.tokenizer import Gemma2Tokenizer
 
 
-def load_object(cls: type, keras_hub_loader: Callable[..., Any], preset: Any, load_weights: bool, kwargs: dict[str, Any]) -> Any:
+def load_object(
+    cls: type, keras_hub_loader: Callable[..., Any], preset: Any, load_weights: bool, kwargs: dict[str, Any]
+) -> Any:
     """Loads an object of one of the public classes; `from_preset` of each of them ends here.
 
     Args:
@@ -67,8 +69,14 @@ def _backbone(cls: type, source: Source, load_weights: bool, kwargs: dict[str, A
 def _vocabulary(source: Source) -> str:
     path = os.path.join(source.folder or "", hf.TOKENIZER_FILE)
     if source.folder is None or not os.path.exists(path):
-        where = f"the folder {source.folder!r} has no {hf.TOKENIZER_FILE}" if source.folder else "its files are not part of this package"
-        raise ValueError(f"The preset {source.name!r} has no tokenizer here: {where}. Pass `Gemma2Tokenizer(proto=path)` instead.")
+        where = (
+            f"the folder {source.folder!r} has no {hf.TOKENIZER_FILE}"
+            if source.folder
+            else "its files are not part of this package"
+        )
+        raise ValueError(
+            f"The preset {source.name!r} has no tokenizer here: {where}. Pass `Gemma2Tokenizer(proto=path)` instead."
+        )
     return path
 
 

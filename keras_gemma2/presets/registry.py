@@ -76,13 +76,17 @@ def resolve(preset: str | os.PathLike[str]) -> Source:
         return _resolve_folder(name, name)
     near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"Unknown preset {name!r}: no built-in name and no folder. {hint}Built-in names: {preset_names()}.")
+    raise ValueError(
+        f"Unknown preset {name!r}: no built-in name and no folder. {hint}Built-in names: {preset_names()}."
+    )
 
 
 def _resolve_folder(name: str, folder: str) -> Source:
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
-        raise ValueError(f"The folder {folder!r} is no preset: it has no config.json. It holds: {sorted(os.listdir(folder))[:10]}.")
+        raise ValueError(
+            f"The folder {folder!r} is no preset: it has no config.json. It holds: {sorted(os.listdir(folder))[:10]}."
+        )
     with open(path, encoding="utf-8") as file:
         try:
             values = json.load(file)

@@ -38,9 +38,7 @@ def _runs(layer_types: tuple[str, ...]) -> list[tuple[int, int, str]]:
     """Layers to print one by one, or as "every second": (first, last, description)."""
     if len(layer_types) > 2 and all(kind == layer_types[i % 2] for i, kind in enumerate(layer_types)):
         kinds = layer_types[:2]
-        return [
-            (i, len(layer_types) - 1 - (len(layer_types) - 1 - i) % 2, kinds[i]) for i in (0, 1)
-        ]
+        return [(i, len(layer_types) - 1 - (len(layer_types) - 1 - i) % 2, kinds[i]) for i in (0, 1)]
     return [(i, i, kind) for i, kind in enumerate(layer_types)]
 
 

@@ -1,0 +1,20 @@
+"""The program `python -m keras_gemma2.benchmarks build`."""
+
+from __future__ import annotations
+
+import argparse
+
+from keras_gemma2.benchmarks import build
+
+
+def main() -> None:
+    """Runs the benchmark named on the command line."""
+    parser = argparse.ArgumentParser(prog="python -m keras_gemma2.benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    build.add_command(commands)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Runs the whole suite on all three backends: `python tests/run.py`.
+
+One process a backend, one line a backend at the end; fails if a backend fails or is not installed. Arguments are handed to
+pytest; `--backend NAME` (several times) picks backends.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BACKENDS = ("jax", "tensorflow", "torch")
+TESTS = Path(__file__).resolve().parent
+COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=BACKENDS, action="append")
+    options, pytest_arguments = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as exchange:
+        results = [run(name, pytest_arguments, exchange) for name in options.backend or BACKENDS]
+    print()
+    for line, *_ in results:
+        print(line)
+    totals = [sum(result[i] for result in results) for i in (1, 2, 3)]
+    print(f"tests: {totals[0]} passed, {totals[1]} failed, {totals[2]} skipped")
+    return 1 if totals[1] or not totals[0] else 0
+
+
+def run(backend: str, pytest_arguments: list[str], exchange: str) -> tuple[str, int, int, int]:
+    """One backend's line and its counts of passed, failed and skipped; a missing backend is a failure."""
+    if importlib.util.find_spec(backend) is None:
+        return f"{backend}: not installed (pip install {backend})", 0, 1, 0
+    print(f"--- {backend}", flush=True)
+    start = time.monotonic()
+    # From the tests' folder, so that what is imported is the installed package and not the folder beside.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-rs", *pytest_arguments],
+        cwd=TESTS,
+        env={**os.environ, "KERAS_BACKEND": backend, "KERAS_GEMMA2_EXCHANGE": exchange},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    last = ""
+    for output in process.stdout:
+        print(output, end="", flush=True)
+        last = output if COUNT.search(output) else last
+    code = process.wait()
+    counts = {kind.removesuffix("s"): int(number) for number, kind in COUNT.findall(last)}
+    failed = counts.get("failed", 0) + counts.get("error", 0)
+    passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
+    if code and not failed:  # a crash, or nothing collected
+        failed = 1
+    verdict = "ok" if not failed else f"FAILED (pytest exit code {code})"
+    seconds = time.monotonic() - start
+    return f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s", passed, failed, skipped
+
+
+if __name__ == "__main__":
+    sys.exit(main())
