@@ -166,6 +166,17 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
         check_token_inputs(inputs, self.config.vocabulary_size)  # before Keras's own checks, which cannot name the mend
         return super().__call__(inputs, *args, **kwargs)
 
+    def enable_lora(self, rank: int, target_layer_names: list[str] | None = None) -> None:
+        """Refused in this version: the inherited method would freeze every weight and adapt none.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "`enable_lora` is not part of this version of keras_gemma2: nothing was changed. Fine-tune all weights with `fit`, "
+            "or freeze layers by their `trainable` attribute."
+        )
+
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.config.to_dict()}
 

@@ -59,7 +59,12 @@ def run(backend: str, pytest_arguments: list[str], exchange: str) -> tuple[str, 
         failed = 1
     verdict = "ok" if not failed else f"FAILED (pytest exit code {code})"
     seconds = time.monotonic() - start
-    return f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s", passed, failed, skipped
+    return (
+        f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s",
+        passed,
+        failed,
+        skipped,
+    )
 
 
 if __name__ == "__main__":

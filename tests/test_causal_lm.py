@@ -22,7 +22,7 @@ def mini():
 @pytest.fixture
 def lm(tiny, mini):
     """A small random model with the embedded preset's tokenizer."""
-    backbone = Gemma2Backbone(**{**tiny, "vocabulary_size": 4096})
+    backbone = Gemma2Backbone(**{**tiny, "num_layers": 2, "vocabulary_size": 4096})
     return Gemma2CausalLM(backbone, Gemma2CausalLMPreprocessor(mini.preprocessor.tokenizer, 16, truncation="right"))
 
 
@@ -173,8 +173,8 @@ def test_ids_outside_the_vocabulary_raise_before_any_work(lm, call):
 
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
 def test_training_in_half_precision_is_finite(tiny, policy):
-    lm = Gemma2CausalLM(Gemma2Backbone(**tiny, dtype=policy))
-    lm.compile(optimizer=keras.optimizers.Adam(1e-3))
+    lm = Gemma2CausalLM(Gemma2Backbone(**{**tiny, "num_layers": 2}, dtype=policy))
+    lm.compile(optimizer=keras.optimizers.Adam(1e-2))  # a smaller rate is lost in bfloat16's rounding of the weights
     losses = lm.fit(tokens(vocabulary=97), epochs=3, verbose=0).history["loss"]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
 

@@ -23,7 +23,7 @@ def test_generate_prints_the_text_alone(capsys):
     options = ["--max-new-tokens", "12", "--seed", "3"]
     assert main(["generate", "The state of our union is", *options]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("The state of our union is ") and len(out) > 40 and out.endswith("\n")
+    assert out.startswith("The state of our union is") and len(out) > 40 and out.endswith("\n")
     assert main(["generate", "The state of our union is", *options]) == 0
     assert capsys.readouterr().out == out, "a seed repeats"
     assert main(["generate", "The state of our union is", *options[:3], "4"]) == 0
@@ -49,7 +49,7 @@ def test_plain_sampling_and_special_text(capsys):
 def test_as_a_program_stdout_holds_the_text_alone():
     result = run("generate", "The state of our union is", "--max-new-tokens", "8", "--seed", "1")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("The state of our union is ") and result.stdout.count("\n") <= 2
+    assert result.stdout.startswith("The state of our union is") and result.stdout.count("\n") <= 2
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,7 @@ def pack(
         no_tokens: The problem and the mend of a prompt of no tokens.
 
     Returns:
-        int32 ids and a bool mask of their tokens, of shape `[batch, limit]`, or `[limit]` for a
-        text of rank 0.
+        int32 ids and a bool mask of their tokens, `[batch, limit]`; `[limit]` for rank 0.
     """
     import tensorflow as tf
 

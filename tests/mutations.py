@@ -1,0 +1,102 @@
+"""Breaks the model on purpose, one line at a time, and checks that the tests notice: `python tests/mutations.py`.
+
+Each mutation is applied to a copy of the package; the tests named with it must fail there. Kept as a list, so that a test
+that stops noticing is noticed. About 10 s a mutation on the torch backend.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """What is broken, where, how, and which tests must fail (`-k` expression)."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str = "test_parity.py"
+    select: str = "test_logits_equal_transformers"
+
+
+ATTENTION, BLOCK, EMBEDDING = "layers/attention.py", "layers/decoder_block.py", "layers/embedding.py"
+MUTATIONS = [
+    Mutation("queries scaled by head_dim (27B)", ATTENTION, "self.query_pre_attn_scalar**-0.5", "self.head_dim**-0.5"),
+    Mutation("attention cap dropped", ATTENTION, "soft_cap(self._scores(queries, keys), self.logit_soft_cap)", "self._scores(queries, keys)"),
+    Mutation("final cap dropped", EMBEDDING, "return soft_cap(logits, self.logit_soft_cap)", "return logits"),
+    Mutation("caps swapped", "backbone.py", "config.final_logit_soft_cap, dtype", "config.attention_logit_soft_cap, dtype"),
+    Mutation("window one longer", "layers/mask.py", "queries - keys < window", "queries - keys <= window"),
+    Mutation("window one shorter", "layers/mask.py", "queries - keys < window", "queries - keys < window - 1"),
+    Mutation("window dropped", "config.py", "return self.sliding_window_size if layer_type == LOCAL else None", "return None"),
+    Mutation("local and global inverted", "config.py", "LAYER_TYPES = (LOCAL, GLOBAL)", "LAYER_TYPES = (GLOBAL, LOCAL)"),
+    Mutation("not causal", "layers/mask.py", "keys <= queries)", "keys <= queries + 1)"),
+    Mutation("grouped heads interleaved", ATTENTION, "(batch, steps, kv_heads, groups, self.head_dim))\n        keys", "(batch, steps, groups, kv_heads, self.head_dim)).swapaxes(2, 3)\n        keys"),
+    Mutation("RoPE pairs neighbours", "layers/rotary.py", "first, second = ops.split(ops.cast(x, \"float32\"), 2, axis=-1)", "x32 = ops.cast(x, \"float32\")\n    first, second = x32[..., ::2], x32[..., 1::2]"),
+    Mutation("RoPE turns the other way", "layers/rotary.py", "first * cos - second * sin, second * cos + first * sin", "first * cos + second * sin, second * cos - first * sin"),
+    Mutation("RoPE base from a default", "backbone.py", "RotaryEmbedding(head_dim, rope_max_wavelength", "RotaryEmbedding(head_dim, 10000.0"),
+    Mutation("epsilon from a default", BLOCK, "RMSNorm(self.config.layer_norm_epsilon", "RMSNorm(1e-6"),
+    Mutation("norm without 1 +", "layers/rms_norm.py", "(1.0 + ops.cast(self.scale", "(ops.cast(self.scale"),
+    Mutation("exact GELU", "layers/feed_forward.py", "approximate=True", "approximate=False"),
+    Mutation("gate and up swapped", "layers/feed_forward.py", "ops.gelu(self.gate(inputs), approximate=True) * self.up(inputs)", "ops.gelu(self.up(inputs), approximate=True) * self.gate(inputs)"),
+    Mutation("post-attention norm dropped", BLOCK, "self._drop(self.post_attention_norm(attended), training)", "self._drop(attended, training)"),
+    Mutation("post-feed-forward norm dropped", BLOCK, "self.post_ffw_norm(self.feed_forward(self.pre_ffw_norm(x)))", "self.feed_forward(self.pre_ffw_norm(x))"),
+    Mutation("embedding not scaled", EMBEDDING, "ops.cast(rows, dtype) * scale[..., None]", "ops.cast(rows, dtype) + 0 * scale[..., None]"),
+    Mutation("embedding scale unrounded", EMBEDDING, "ops.cast(ops.cast(math.sqrt(self.hidden_dim), self.compute_dtype), dtype)", "ops.cast(math.sqrt(self.hidden_dim) + 0.5, dtype)", "test_layers.py", "embedding_scale"),
+    Mutation("norm in bfloat16", "layers/rms_norm.py", "x = ops.cast(inputs, \"float32\")", "x = inputs", "test_layers.py", "bfloat16_computes_in_float32"),
+    Mutation("RoPE in bfloat16", ATTENTION, "super().__init__(autocast=False, **kwargs)", "super().__init__(**kwargs)", "test_layers.py", "rotary_stays_float32"),
+    Mutation("masked rows NaN", ATTENTION, "MASKED_SCORE = -1e30", "MASKED_SCORE = -float(\"inf\")", "test_layers.py", "every_key_masked"),
+    Mutation("float16 not saturated", "layers/numerics.py", "ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == \"float16\" else x", "x", "test_parity.py", "activations_overflow"),
+    Mutation("positions count padding", "layers/mask.py", "count = ops.cumsum(ops.cast(padding_mask, \"int32\"), axis=-1)", "count = ops.cumsum(ops.ones_like(ops.cast(padding_mask, \"int32\")), axis=-1)", "test_backbone.py", "any_padding"),
+    Mutation("padding visible", "layers/mask.py", "ops.logical_and(key_is_real[:, None, :], keys <= queries)", "keys <= queries", "test_backbone.py", "any_padding"),
+    Mutation("decode forgets the window", "generation/decode.py", "*slot_positions(positions, size), config.window(kind)", "*slot_positions(positions, size), None", "test_generation.py", "cached_logits"),
+    Mutation("ring one slot short", "cache.py", "min(window, length)", "min(window - 1, length)", "test_generation.py", "cached_logits"),
+    Mutation("ring keeps the prompt's beginning", "cache.py", "slot_positions(lengths - 1, size)", "slot_positions(ops.minimum(lengths, size) - 1, size)", "test_generation.py", "cached_logits"),
+    Mutation("rows decode from the longest", "generation/decode.py", "lengths.astype(\"int32\")", "np.full_like(lengths, lengths.max()).astype(\"int32\")", "test_generation.py", "generate_equals"),
+    Mutation("stop token ignored", "generation/decode.py", "np.isin(tokens, stop_token_ids) | ", "", "test_generation.py", "stop_tokens"),
+    Mutation("end of turn not a stop", "tokenizer.py", "return (self.end_token_id, self.end_of_turn_token_id)", "return (self.end_token_id,)", "test_causal_lm.py", "end_of_turn"),
+    Mutation("duplicate head not compared", "checkpoints/hf.py", "            _check_tied_head(tensors, folder)", "            pass", "test_checkpoints.py", "duplicate_head"),
+]
+
+
+def survives(mutation: Mutation, folder: Path) -> bool:
+    """Whether the tests still pass with the mutation applied."""
+    copy = folder / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(ROOT / "keras_gemma2", copy / "keras_gemma2")
+    shutil.copytree(ROOT / "tests", copy / "tests")
+    path = copy / "keras_gemma2" / mutation.file
+    source = path.read_text(encoding="utf-8")
+    if mutation.old not in source:
+        raise SystemExit(f"{mutation.what}: {mutation.file} no longer has {mutation.old!r}; bring the list up to date.")
+    path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", mutation.tests, "-k", mutation.select]
+    environment = {"KERAS_BACKEND": "torch", **os.environ, "PYTHONPATH": str(copy)}
+    result = subprocess.run(command, cwd=copy / "tests", env=environment, capture_output=True, text=True)
+    if result.returncode not in (0, 1):  # 1: tests failed, which is what is wanted; anything else did not test at all
+        raise SystemExit(f"{mutation.what}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return result.returncode == 0
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [mutation for mutation in MUTATIONS if wanted in mutation.what]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        for mutation in chosen:
+            lives = survives(mutation, Path(folder))
+            print(f"{'SURVIVES' if lives else 'killed  '}  {mutation.what}", flush=True)
+            survivors += [mutation.what] if lives else []
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
