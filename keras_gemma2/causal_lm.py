@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,6 +111,7 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         Raises:
             ValueError: for token ids outside the vocabulary, where `x` is a dict of arrays.
         """
+        self._warn_about_half_precision_weights()
         x, y, sample_weight = self._with_labels(x, y, sample_weight)
         validation = kwargs.get("validation_data")
         if isinstance(validation, (tuple, list)) or is_token_dict(validation):
@@ -131,11 +133,27 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
         """One training step; inputs as `fit` takes them."""
+        self._warn_about_half_precision_weights()
         return super().train_on_batch(*self._with_labels(x, y, sample_weight), **kwargs)
 
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
         """Loss and metrics of one batch; inputs as `fit` takes them."""
         return super().test_on_batch(*self._with_labels(x, y, sample_weight), **kwargs)
+
+    def predict_on_batch(self, x: Any, **kwargs: Any) -> Any:
+        """Float32 logits of one batch; inputs as `fit` takes them, without labels."""
+        x, _, _ = self._with_labels(x, None, None)
+        return super().predict_on_batch(x, **kwargs)
+
+    def _warn_about_half_precision_weights(self) -> None:
+        dtype = self.backbone.dtype_policy.variable_dtype
+        if dtype in ("bfloat16", "float16"):
+            warnings.warn(
+                f"The weights are {dtype}: steps smaller than 1/256 of a weight are rounded away, and Keras's Adam, whose "
+                "beta_2 of 0.999 rounds to 1, changes nothing on JAX and TensorFlow. Load the model with "
+                "dtype='mixed_bfloat16' to train it.",
+                stacklevel=3,
+            )
 
     def _with_labels(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
         return (

@@ -8,6 +8,7 @@ import time
 import warnings
 
 import pytest
+from conftest import TINY
 from oracle import hugging_face_folder
 
 from keras_gemma2.cli import main
@@ -19,29 +20,42 @@ def run(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def test_generate_prints_the_text_alone(capsys):
-    options = ["--max-new-tokens", "12", "--seed", "3"]
+@pytest.fixture(scope="module")
+def small_preset(tmp_path_factory):
+    """A two-layer random model with the embedded preset's tokenizer, quick to load and compile."""
+    from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor
+    from keras_gemma2.checkpoints.hf import save_hugging_face_folder
+
+    preprocessor = Gemma2CausalLMPreprocessor.from_preset("gemma2_mini_en")
+    backbone = Gemma2Backbone(**{**TINY, "num_layers": 2, "vocabulary_size": 4096})
+    folder = tmp_path_factory.mktemp("presets") / "small"
+    save_hugging_face_folder(Gemma2CausalLM(backbone, preprocessor), folder)
+    return str(folder)
+
+
+def test_generate_prints_the_text_alone(capsys, small_preset):
+    options = ["--preset", small_preset, "--max-new-tokens", "12", "--seed", "3"]
     assert main(["generate", "The state of our union is", *options]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("The state of our union is") and len(out) > 40 and out.endswith("\n")
+    assert out.startswith("The state of our union is") and len(out) > 30 and out.endswith("\n")
     assert main(["generate", "The state of our union is", *options]) == 0
     assert capsys.readouterr().out == out, "a seed repeats"
-    assert main(["generate", "The state of our union is", *options[:3], "4"]) == 0
+    assert main(["generate", "The state of our union is", *options[:-1], "4"]) == 0
     assert capsys.readouterr().out != out
     assert main(["generate", "The state of our union is", *options, "--strip-prompt"]) == 0
     assert "The state of our union is" + capsys.readouterr().out == out
 
 
-def test_temperature_zero_is_greedy(capsys):
+def test_temperature_zero_is_greedy(capsys, small_preset):
     outputs = []
     for extra in (["--temperature", "0"], ["--top-k", "1"], ["--top-p", "1e-9"]):
-        assert main(["generate", "It is", "--max-new-tokens", "10", *extra]) == 0
+        assert main(["generate", "It is", "--preset", small_preset, "--max-new-tokens", "10", *extra]) == 0
         outputs.append(capsys.readouterr().out)
     assert len(set(outputs)) == 1
 
 
-def test_plain_sampling_and_special_text(capsys):
-    arguments = ["--top-p", "1", "--top-k", "0", "--max-new-tokens", "3", "--seed", "1"]
+def test_plain_sampling_and_special_text(capsys, small_preset):
+    arguments = ["--preset", small_preset, "--top-p", "1", "--top-k", "0", "--max-new-tokens", "3", "--seed", "1"]
     assert main(["generate", "<bos>A  tab\there", *arguments]) == 0
     assert capsys.readouterr().out.startswith("A  tab\there")
 
