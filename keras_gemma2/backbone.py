@@ -8,10 +8,11 @@ from typing import Any
 
 import keras
 import keras_hub
+from keras import ops
 
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.from_preset import FromPreset
-from keras_gemma2.inputs import check_token_inputs
+from keras_gemma2.inputs import check_keywords, check_token_inputs
 from keras_gemma2.layers import (
     AttentionMask,
     DecoderBlock,
@@ -82,6 +83,7 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
         dtype: Any = None,
         **kwargs: Any,
     ) -> None:
+        check_keywords("Gemma2Backbone", kwargs, Gemma2Config.field_names())
         config = Gemma2Config(
             vocabulary_size,
             num_layers,
@@ -129,7 +131,9 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
     def _forward(self, inputs: dict[str, Any]) -> Any:
         positions = token_positions(inputs["padding_mask"])
         masks = {kind: mask(positions, inputs["padding_mask"]) for kind, mask in self.masks.items()}
-        return self.layer_norm(self.run_blocks(inputs["token_ids"], positions, masks))
+        real = ops.cast(inputs["padding_mask"], "bool")
+        token_ids = ops.where(real, inputs["token_ids"], 0)  # whatever stands in the padding is not looked at
+        return self.layer_norm(self.run_blocks(token_ids, positions, masks))
 
     def run_blocks(self, token_ids: Any, positions: Any, masks: dict[str, Any], caches: list[Any] | None = None) -> Any:
         """Embedding and decoder blocks, up to the final norm.
@@ -177,8 +181,26 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
             "or freeze layers by their `trainable` attribute."
         )
 
+    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
+        """Refused in this version: Keras would quantize nothing and say so layer by layer.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "`quantize` is not part of this version of keras_gemma2: nothing was changed. Use dtype='bfloat16'."
+        )
+
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.config.to_dict()}
+
+
+def _config_property(name: str) -> property:
+    return property(lambda backbone: getattr(backbone.config, name), doc=f"`{name}` of the model's `Gemma2Config`.")
+
+
+for _name in Gemma2Config.field_names():  # keras-hub's backbones show their arguments as attributes
+    setattr(Gemma2Backbone, _name, _config_property(_name))
 
 
 def _warn_about_float16(dtype: Any) -> None:

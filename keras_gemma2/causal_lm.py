@@ -16,8 +16,20 @@ from keras_gemma2.backbone import Gemma2Backbone
 from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.generation.generate import generate_tokens
 from keras_gemma2.generation.runner import Runner
-from keras_gemma2.inputs import as_texts, check_prompts, check_token_inputs, is_token_dict, label_tokens, pad_rows
+from keras_gemma2.inputs import (
+    as_texts,
+    check_keywords,
+    check_prompts,
+    check_room,
+    check_token_inputs,
+    is_token_dict,
+    label_tokens,
+    pad_rows,
+)
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
+from keras_gemma2.text_inputs import read_texts
+
+SAMPLER_NAMES = ("greedy", "top_k", "top_p", "random", "beam")
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
@@ -41,6 +53,9 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
     preprocessor_cls = Gemma2CausalLMPreprocessor
 
     def __init__(self, backbone: Gemma2Backbone, preprocessor: Any = None, **kwargs: Any) -> None:
+        check_keywords(
+            "Gemma2CausalLM", {k: v for k, v in kwargs.items() if k != "compile"}, ("backbone", "preprocessor")
+        )
         self.backbone = backbone
         self.preprocessor = preprocessor
         self._runner: Runner | None = None
@@ -67,6 +82,10 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             sampler: a keras-hub sampler or its name: "greedy", "top_k", "top_p", "random", "beam".
             **kwargs: passed to `keras.Model.compile`.
         """
+        if not isinstance(sampler, keras_hub.samplers.Sampler) and sampler not in SAMPLER_NAMES:
+            raise ValueError(
+                f"`sampler` must be one of {', '.join(map(repr, SAMPLER_NAMES))}, or a keras-hub Sampler. Received: {sampler!r}."
+            )
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
 
     def get_compile_config(self) -> dict[str, Any] | None:
@@ -95,6 +114,10 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
 
+    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
+        """Refused in this version; see `Gemma2Backbone.quantize`."""
+        self.backbone.quantize(mode, **kwargs)
+
     def fit(
         self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any
     ) -> Any:
@@ -112,6 +135,10 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             ValueError: for token ids outside the vocabulary, where `x` is a dict of arrays.
         """
         self._warn_about_half_precision_weights()
+        if kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "`class_weight` does not apply to a language model: its classes are tokens. Use `sample_weight`."
+            )
         x, y, sample_weight = self._with_labels(x, y, sample_weight)
         validation = kwargs.get("validation_data")
         if isinstance(validation, (tuple, list)) or is_token_dict(validation):
@@ -156,15 +183,17 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             )
 
     def _with_labels(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
-        return (
-            label_tokens(x, y, sample_weight, self.backbone.config.vocabulary_size)
-            if is_token_dict(x)
-            else (x, y, sample_weight)
-        )
+        """Checks what is at hand: token dicts get labels, texts are read; anything lazy passes."""
+        if is_token_dict(x):
+            return label_tokens(x, y, sample_weight, self.backbone.config.vocabulary_size)
+        if isinstance(x, (list, tuple, np.ndarray)) and self.preprocessor is not None:
+            x = np.array(read_texts(x, "x"), dtype=object)
+        return x, y, sample_weight
 
     def _trainer(self, x: Any) -> type:
         """Whose fit, evaluate and predict to run: Keras's own for what is tokens already, keras-hub's for texts."""
-        is_tokens = is_token_dict(x) or isinstance(x, (keras.utils.PyDataset, types.GeneratorType))
+        is_torch_loader = type(x).__module__.startswith("torch.utils.data")
+        is_tokens = is_token_dict(x) or is_torch_loader or isinstance(x, (keras.utils.PyDataset, types.GeneratorType))
         return keras.Model if is_tokens else keras_hub.models.CausalLM
 
     # Generation ----------------------------------------------------------------------------------------------------------
@@ -229,6 +258,7 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
     ) -> Any:
         texts, is_scalar = as_texts(inputs)
         length = self._check_max_length(self.preprocessor.sequence_length if max_length is None else max_length)
+        self._check_room(texts, length)
         tokens = self.preprocessor.generate_preprocess(texts, sequence_length=length)
         tokens = {key: ops.convert_to_numpy(tokens[key]) for key in ("token_ids", "padding_mask")}
         outputs = self._generate_from_tokens(tokens, length, stop_token_ids, strip_prompt)
@@ -241,12 +271,20 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         inputs, _, _ = self._with_labels(inputs, None, None)
         length = self._check_max_length(inputs["token_ids"].shape[1] if max_length is None else max_length)
         prompts = [ids[mask.astype(bool)].tolist() for ids, mask in zip(inputs["token_ids"], inputs["padding_mask"])]
-        check_prompts(prompts, length)
+        check_prompts(prompts, length, self.backbone.config.max_sequence_length)
         completions = generate_tokens(
             self.make_generate_function(), self.sampler, prompts, [length] * len(prompts), stop_token_ids
         )
         rows = completions if strip_prompt else [prompt + new for prompt, new in zip(prompts, completions)]
         return pad_rows(rows, length, self._pad_token_id())
+
+    def _check_room(self, texts: list[str], max_length: int) -> None:
+        """Says which prompt is too long in the words of `generate`, where the preprocessor would in its own."""
+        if getattr(self.preprocessor, "truncation", "right") != "error":
+            return
+        rows = self.preprocessor.tokenizer([text.removeprefix("<bos>") for text in texts])
+        counts = [len(row) + bool(self.preprocessor.add_start_token) for row in rows]
+        check_room(counts, max_length, self.backbone.config.max_sequence_length)
 
     def _check_max_length(self, max_length: Any) -> int:
         limit = self.backbone.config.max_sequence_length
@@ -272,7 +310,13 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
                 )
             tokenizer = self.preprocessor.tokenizer
             return tuple(getattr(tokenizer, "stop_token_ids", (tokenizer.end_token_id,)))
-        return tuple(int(token_id) for token_id in stop_token_ids)
+        size = self.backbone.config.vocabulary_size
+        ids = stop_token_ids if isinstance(stop_token_ids, (list, tuple, set, np.ndarray)) else [None]
+        if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) and 0 <= i < size for i in ids):
+            raise ValueError(
+                f"`stop_token_ids` must be 'auto', None or a list of ids in [0, {size}). Received: {stop_token_ids!r}."
+            )
+        return tuple(int(token_id) for token_id in ids)
 
     def _pad_token_id(self) -> int:
         return 0 if self.preprocessor is None else self.preprocessor.tokenizer.pad_token_id

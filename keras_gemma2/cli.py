@@ -113,7 +113,7 @@ def _generate(options: argparse.Namespace) -> int:
     _choose_backend(options.backend)
     lm = _load(options)
     prompt_tokens = len(lm.preprocessor.tokenizer(options.prompt)) + 1
-    lm.compile(sampler=_sampler(options))
+    lm.compile(sampler=_sampler(options, lm.backbone.config.vocabulary_size))
     text = lm.generate(
         options.prompt,
         max_length=min(prompt_tokens + options.max_new_tokens, lm.backbone.config.max_sequence_length),
@@ -142,12 +142,12 @@ def _load(options: argparse.Namespace):
     return lm
 
 
-def _sampler(options: argparse.Namespace):
+def _sampler(options: argparse.Namespace, vocabulary_size: int):
     from keras_hub import samplers
 
     if options.temperature == 0:
         return samplers.GreedySampler()
-    k = options.top_k or None
+    k = min(options.top_k, vocabulary_size) or None
     if options.top_p == 1 and k is None:
         return samplers.RandomSampler(temperature=options.temperature, seed=options.seed)
     return samplers.TopPSampler(p=options.top_p, k=k, temperature=options.temperature, seed=options.seed)

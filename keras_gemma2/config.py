@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LOCAL = "local"
@@ -95,7 +96,7 @@ class Gemma2Config:
     def _resolve_layer_types(self) -> tuple[str, ...]:
         if self.layer_types is None:
             return tuple(LAYER_TYPES[i % 2] for i in range(self.num_layers))
-        if isinstance(self.layer_types, str):
+        if isinstance(self.layer_types, str) or not isinstance(self.layer_types, Iterable):
             raise ValueError(
                 f"`layer_types` must be a list with one entry a layer. Received: layer_types={self.layer_types!r}."
             )
@@ -200,7 +201,7 @@ def _set(config: Gemma2Config, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _positive_integer(name: str, value: Any) -> int:

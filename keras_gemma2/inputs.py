@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,23 @@ import numpy as np
 from keras import ops
 
 from keras_gemma2 import backend
+from keras_gemma2.text_inputs import read_texts
 
 TOKEN_KEYS = ("token_ids", "padding_mask")
+BASE_KEYWORDS = ("name", "trainable", "dtype")
+
+
+def check_keywords(owner: str, received: Mapping[str, Any], own: tuple[str, ...]) -> None:
+    """Refuses keyword arguments that Keras's base classes would swallow: a misspelled one builds another model.
+
+    Raises:
+        TypeError: names the argument and near ones.
+    """
+    for name in received:
+        if name not in BASE_KEYWORDS:
+            near = difflib.get_close_matches(name, (*own, *BASE_KEYWORDS), n=2)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise TypeError(f"{owner} has no argument {name!r}.{hint}")
 
 
 def is_token_dict(inputs: Any) -> bool:
@@ -37,8 +53,10 @@ def check_token_inputs(inputs: Any, vocabulary_size: int) -> None:
             "`token_ids` and `padding_mask` must have the same shape [batch, length]. "
             f"Received: token_ids {shapes[0]}, padding_mask {shapes[1]}."
         )
-    if _holds_values(token_ids):
-        check_ids_in_vocabulary(ops.convert_to_numpy(token_ids), vocabulary_size)
+    if _holds_values(token_ids) and _holds_values(padding_mask):
+        ids, mask = ops.convert_to_numpy(token_ids), ops.convert_to_numpy(padding_mask)
+        _check_integers("token_ids", ids)
+        check_ids_in_vocabulary("token_ids", ids[mask.astype(bool)], vocabulary_size)
 
 
 def _differ(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
@@ -49,14 +67,14 @@ def _holds_values(x: Any) -> bool:
     return not isinstance(x, keras.KerasTensor) and backend.is_concrete(x)
 
 
-def check_ids_in_vocabulary(token_ids: Any, vocabulary_size: int) -> None:
-    """Raises a ValueError that names the first id of a numpy array outside `[0, vocabulary_size)`."""
+def check_ids_in_vocabulary(name: str, token_ids: np.ndarray, vocabulary_size: int) -> None:
+    """Raises a ValueError that names an id of an array outside `[0, vocabulary_size)`."""
     if token_ids.size == 0:
         return
     low, high = int(token_ids.min()), int(token_ids.max())
     if low < 0 or high >= vocabulary_size:
         raise ValueError(
-            f"`token_ids` must be in [0, {vocabulary_size}), the model's vocabulary. Received the id "
+            f"`{name}` must be in [0, {vocabulary_size}), the model's vocabulary. Received the id "
             f"{low if low < 0 else high}: was the text tokenized with another vocabulary?"
         )
 
@@ -71,53 +89,76 @@ def label_tokens(x: Any, y: Any, sample_weight: Any, vocabulary_size: int) -> tu
         ValueError: for other shapes or dtypes, or ids outside the vocabulary.
     """
     x = {key: _to_array(key, x[key]) for key in TOKEN_KEYS}
+    x["padding_mask"] = (x["padding_mask"] != 0).astype("int32")
     check_token_inputs(x, vocabulary_size)
+    weight = None if sample_weight is None else _per_token(sample_weight, x["token_ids"].shape)
     if y is None:
         y = np.roll(x["token_ids"], -1, axis=1)
-        weight = np.roll(x["padding_mask"], -1, axis=1).astype("float32") * x["padding_mask"]
-        weight[:, -1] = 0.0
-        sample_weight = weight if sample_weight is None else weight * _per_token(sample_weight)
-    return x, y, sample_weight
+        real = np.roll(x["padding_mask"], -1, axis=1).astype("float32") * x["padding_mask"]
+        real[:, -1] = 0.0
+        return x, y, real if weight is None else real * weight
+    return x, _check_labels(y, weight, x["token_ids"].shape, vocabulary_size), weight
+
+
+def _check_labels(y: Any, weight: np.ndarray | None, shape: tuple[int, ...], vocabulary_size: int) -> np.ndarray:
+    """Labels as int32; those of weight 0 may be anything (-100, say) and become 0, which every backend's loss takes."""
+    y = ops.convert_to_numpy(y)
+    _check_integers("y", y)
+    if y.shape != shape:
+        raise ValueError(f"`y` must have the shape of `token_ids`, {shape}: one label a token. Received: {y.shape}.")
+    counts = np.ones(shape, bool) if weight is None else weight != 0
+    check_ids_in_vocabulary("y", y[counts], vocabulary_size)
+    return np.where(counts, y, 0).astype("int32")
 
 
 def _to_array(name: str, value: Any) -> np.ndarray:
     array = ops.convert_to_numpy(value)
+    _check_integers(name, array)
+    return array.astype("int32")
+
+
+def _check_integers(name: str, array: np.ndarray) -> None:
     if array.dtype.kind not in "iub":
         raise ValueError(f"`{name}` must hold integers (or booleans, for a mask). Received dtype {array.dtype}.")
-    return array if array.dtype == np.int32 else array.astype("int32")
 
 
-def _per_token(sample_weight: Any) -> np.ndarray:
-    weight = ops.convert_to_numpy(sample_weight)
-    return weight[:, None] if weight.ndim == 1 else weight
+def _per_token(sample_weight: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights [B] or [B, T] as float32 [B, T]."""
+    weight = ops.convert_to_numpy(sample_weight).astype("float32")
+    weight = weight[:, None] if weight.ndim == 1 else weight
+    if weight.ndim != 2 or weight.shape[0] != shape[0] or weight.shape[1] not in (1, shape[1]):
+        raise ValueError(
+            f"`sample_weight` must have the shape {shape[:1]} or {shape}. Received: {np.shape(sample_weight)}."
+        )
+    return np.broadcast_to(weight, shape)
 
 
 def as_texts(inputs: Any) -> tuple[list[str], bool]:
     """Strings in any of the usual containers as a list, and whether it was a single one."""
-    values = inputs.numpy() if hasattr(inputs, "numpy") else inputs
-    values = values.tolist() if isinstance(values, np.ndarray) else values
-    is_scalar = isinstance(values, (str, bytes))
-    values = [values] if is_scalar else values
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, (str, bytes)) for v in values):
-        raise ValueError(
-            "`inputs` must be a string, a list of strings, or a dict with 'token_ids' and 'padding_mask'. "
-            f"Received: {inputs!r:.200}."
-        )
-    if not values:
-        raise ValueError("`inputs` must hold at least one prompt. Received an empty list.")
-    return [v.decode("utf-8") if isinstance(v, bytes) else v for v in values], is_scalar
+    texts = read_texts(inputs, "inputs")
+    return ([texts], True) if isinstance(texts, str) else (texts, False)
 
 
-def check_prompts(prompts: list[list[int]], max_length: int) -> None:
+def check_prompts(prompts: list[list[int]], max_length: int, max_sequence_length: int) -> None:
+    """Raises a ValueError if there is no prompt, or one without tokens or with more than `max_length`."""
     if not prompts:
         raise ValueError("`inputs` must hold at least one prompt. Received a batch of 0 rows.")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"Every prompt must have at least one token (`<bos>` at least). Row {row} is all padding.")
-        if len(prompt) > max_length:
+    check_room([len(prompt) for prompt in prompts], max_length, max_sequence_length)
+
+
+def check_room(counts: list[int], max_length: int, max_sequence_length: int) -> None:
+    """Raises a ValueError that names the first prompt with more tokens than `max_length`, and what can be done."""
+    for row, count in enumerate(counts):
+        if count > max_length:
+            mend = (
+                "Raise max_length" if count <= max_sequence_length else f"The model takes {max_sequence_length} at most"
+            )
             raise ValueError(
                 f"`max_length` counts the prompt's tokens too. Received: max_length={max_length}, but the prompt of row {row} "
-                f"has {len(prompt)} tokens. Raise max_length or shorten the prompt."
+                f"has {count} tokens. {mend}, shorten the prompt, or build the preprocessor with truncation='left'."
             )
 
 

@@ -54,7 +54,7 @@ MUTATIONS = [
     Mutation("RoPE in bfloat16", ATTENTION, "super().__init__(autocast=False, **kwargs)", "super().__init__(**kwargs)", "test_layers.py", "rotary_stays_float32"),
     Mutation("masked rows NaN", ATTENTION, "MASKED_SCORE = -1e30", "MASKED_SCORE = -float(\"inf\")", "test_layers.py", "every_key_masked"),
     Mutation("float16 not saturated", "layers/numerics.py", "ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == \"float16\" else x", "x", "test_parity.py", "activations_overflow"),
-    Mutation("positions count padding", "layers/mask.py", "count = ops.cumsum(ops.cast(padding_mask, \"int32\"), axis=-1)", "count = ops.cumsum(ops.ones_like(ops.cast(padding_mask, \"int32\")), axis=-1)", "test_backbone.py", "any_padding"),
+    Mutation("positions count padding", "layers/mask.py", "count = ops.cumsum(real, axis=-1)", "count = ops.cumsum(ops.ones_like(real), axis=-1)", "test_backbone.py", "any_padding"),
     Mutation("padding visible", "layers/mask.py", "ops.logical_and(key_is_real[:, None, :], keys <= queries)", "keys <= queries", "test_backbone.py", "any_padding"),
     Mutation("decode forgets the window", "generation/decode.py", "*slot_positions(positions, size), config.window(kind)", "*slot_positions(positions, size), None", "test_generation.py", "cached_logits"),
     Mutation("ring one slot short", "cache.py", "min(window, length)", "min(window - 1, length)", "test_generation.py", "cached_logits"),

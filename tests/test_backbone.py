@@ -71,6 +71,11 @@ def test_soft_caps_of_none(tiny):
     assert np.abs(keras.ops.convert_to_numpy(backbone.token_embedding(np.full((1, 42), 50.0), reverse=True))).max() > 50
 
 
+def test_arguments_are_attributes(backbone, tiny):
+    assert {name: getattr(backbone, name) for name in tiny} == tiny
+    assert backbone.layer_types == ("local", "global") * 2
+
+
 def test_symbolic_shapes(backbone):
     assert backbone.output.shape == (None, None, 42)
     assert set(backbone.input) == {"token_ids", "padding_mask"}
@@ -90,6 +95,10 @@ def test_ids_outside_the_vocabulary_raise(backbone, bad, shown):
         (
             {"token_ids": np.zeros((1, 3), int), "padding_mask": np.ones((1, 4), int)},
             r"\(1, 3\), padding_mask \(1, 4\)",
+        ),
+        (
+            {"token_ids": np.ones((1, 3)) * 2.5, "padding_mask": np.ones((1, 3), int)},
+            "`token_ids` must hold integers.*float64",
         ),
         ({"token_ids": np.zeros(3, int), "padding_mask": np.ones(3, int)}, r"\[batch, length\].*\(3,\)"),
     ],

@@ -1,5 +1,6 @@
 """The task as keras-hub users know it: training, evaluation, saving, and text generation with the embedded preset."""
 
+import shutil
 import subprocess
 import sys
 import warnings
@@ -133,6 +134,100 @@ def test_tokens_bypass_the_preprocessor_everywhere(lm, attached):
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-5) and losses[3] < losses[0]
 
 
+def test_any_nonzero_mask_marks_a_token(lm):
+    x = tokens()
+    other = {**x, "padding_mask": x["padding_mask"] * 7}
+    np.testing.assert_allclose(array(lm(other)), array(lm(x)), atol=1e-5)
+    assert lm.evaluate(other, verbose=0)[0] == pytest.approx(lm.evaluate(x, verbose=0)[0], rel=1e-5)
+
+
+def test_what_stands_in_the_padding_is_not_looked_at(lm):
+    x = tokens()
+    expected = array(lm(x))[0, :6]
+    x["token_ids"][0, 6:] = -1
+    np.testing.assert_allclose(array(lm(x))[0, :6], expected, atol=1e-5)
+
+
+def test_weights_of_samples_weight_rows(lm):
+    """Also where the batch is as long as the rows, so that columns could be taken for rows."""
+    x, y = tokens(6, 6), np.random.default_rng(5).integers(0, 4096, (6, 6))
+    rows = np.array([1, 0, 0, 0.5, 0, 0])
+    result = lm.evaluate(x, y, sample_weight=rows, verbose=0)[0]
+    expected = lm.evaluate(x, y, sample_weight=np.repeat(rows[:, None], 6, 1), verbose=0)[0]
+    assert result == pytest.approx(expected, rel=1e-6)
+    assert result != pytest.approx(lm.evaluate(x, y, sample_weight=np.repeat(rows[None], 6, 0), verbose=0)[0], rel=1e-3)
+
+
+def test_labels_of_weight_zero_may_be_anything(lm):
+    x = tokens()
+    y = x["token_ids"].copy()
+    weight = np.random.default_rng(2).integers(0, 2, y.shape).astype("float32")
+    expected = lm.evaluate(x, y, sample_weight=weight, verbose=0)[0]
+    assert lm.evaluate(x, np.where(weight, y, -100), sample_weight=weight, verbose=0)[0] == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"y": np.full((3, 12), 4096)}, r"`y` must be in \[0, 4096\).*4096"),
+        ({"y": np.full((3, 12), -100)}, "`y`.*-100"),
+        ({"y": np.zeros((3, 11), int)}, r"`y` must have the shape.*\(3, 12\).*\(3, 11\)"),
+        ({"y": np.zeros((3, 12))}, "`y` must hold integers.*float64"),
+        ({"sample_weight": np.ones((2, 12))}, r"`sample_weight` must have the shape.*\(2, 12\)"),
+        ({"class_weight": {0: 1.0}}, "`class_weight`.*`sample_weight`"),
+    ],
+)
+def test_bad_labels_raise(lm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lm.fit(tokens(), verbose=0, **arguments)
+
+
+@pytest.mark.parametrize(
+    "texts, message", [([], "at least one text"), (["a\ud800"], "surrogates"), ([1, 2], "must be a string")]
+)
+def test_bad_texts_raise(lm, texts, message):
+    for call in (lm.fit, lm.evaluate, lm.predict):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call(texts, verbose=0)
+
+
+def test_validation_split_of_texts(lm):
+    history = lm.fit(
+        ["Call me Ishmael.", "The whale.", "The sea.", "Our union."], validation_split=0.25, verbose=0
+    ).history
+    assert np.isfinite(history["val_loss"][0])
+
+
+def test_fit_on_a_torch_loader_of_tokens(lm):
+    import torch
+
+    rows = [({key: value[i] for key, value in tokens().items()}, tokens()["token_ids"][i]) for i in range(3)]
+    assert np.isfinite(lm.fit(torch.utils.data.DataLoader(rows, batch_size=3), verbose=0).history["loss"][0])
+
+
+@pytest.mark.parametrize("sampler", ["greddy", 3, "contrastive"])
+def test_unknown_samplers_raise(lm, sampler):
+    with pytest.raises(ValueError, match="`sampler` must be one of 'greedy'"):
+        lm.compile(sampler=sampler)
+
+
+def test_misspelled_arguments_raise(lm, tiny):
+    with pytest.raises(TypeError, match="'sliding_window'.*'sliding_window_size'"):
+        Gemma2Backbone(**tiny, sliding_window=3)
+    with pytest.raises(TypeError, match="'preproccessor'.*'preprocessor'"):
+        Gemma2CausalLM(lm.backbone, preproccessor=None)
+    with pytest.raises(TypeError, match="'slidin'"):
+        Gemma2Backbone.from_preset("gemma2_mini_en", slidin=3)
+
+
+def test_quantize_is_refused(lm):
+    for model in (lm, lm.backbone):
+        with pytest.raises(RuntimeError, match="quantize.*nothing was changed"):
+            model.quantize("int8")
+
+
 def test_fit_on_a_pydataset_of_tokens(lm):
     class Rows(keras.utils.PyDataset):
         def __len__(self):
@@ -227,7 +322,12 @@ def test_preset_round_trip_of_all_four_classes(lm, tmp_path):
     assert Gemma2CausalLMPreprocessor.from_preset(folder).sequence_length == 16
     theirs = keras_hub.models.CausalLM.from_preset(str(folder))
     assert type(theirs) is Gemma2CausalLM
-    assert Gemma2Backbone.from_preset(folder, dtype="bfloat16").dtype_policy.name == "bfloat16"
+    assert Gemma2Backbone.from_preset(folder).dtype_policy.name == "float32"
+    half = tmp_path / "half"
+    Gemma2CausalLM.from_preset(folder, dtype="bfloat16").save_to_preset(half)
+    for cls in (Gemma2CausalLM, Gemma2Backbone):  # a preset comes back in the dtype it was saved in
+        assert {v.dtype for v in cls.from_preset(half).variables if "seed" not in v.path} >= {"bfloat16"}
+    shutil.rmtree(half)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["preset"]
 
 
@@ -282,16 +382,25 @@ def test_auto_stops_at_end_of_turn_too(mini):
 @pytest.mark.parametrize(
     "inputs, kwargs, message",
     [
-        ([], {}, "at least one prompt"),
+        ([], {}, "`inputs` must hold at least one text"),
         (3, {}, "`inputs` must be a string.*3"),
-        (["a", 3], {}, "`inputs` must be a string.*'a', 3"),
-        ("The state of our union is strong", {"max_length": 4}, "4"),
+        (["a", 3], {}, r"`inputs\[1\]` must be a string.*3"),
+        (b"\xff", {}, "must be UTF-8"),
+        (
+            "The state of our union is strong",
+            {"max_length": 4},
+            "max_length=4, but the prompt of row 0 has 9 tokens. Raise",
+        ),
+        (["a", "whale " * 600], {}, "the prompt of row 1 has .* tokens. The model takes 512 at most"),
+        ("a", {"stop_token_ids": [4096]}, r"`stop_token_ids`.*\[0, 4096\).*4096"),
+        ("a", {"stop_token_ids": 1}, "`stop_token_ids`.*Received: 1"),
+        ("a", {"stop_token_ids": [1.5]}, "`stop_token_ids`.*1.5"),
         ("lone \ud800 surrogate", {}, "surrogate"),
         ("a", {"max_length": 513}, "`max_length`.*512.*513"),
     ],
 )
 def test_bad_text(mini, inputs, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         mini.generate(inputs, **kwargs)
 
 

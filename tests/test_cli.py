@@ -54,6 +54,11 @@ def test_temperature_zero_is_greedy(capsys, small_preset):
     assert len(set(outputs)) == 1
 
 
+def test_top_k_above_the_vocabulary_keeps_everything(capsys, small_preset):
+    assert main(["generate", "It is", "--preset", small_preset, "--max-new-tokens", "3", "--top-k", "99999"]) == 0
+    assert capsys.readouterr().out.startswith("It is")
+
+
 def test_plain_sampling_and_special_text(capsys, small_preset):
     arguments = ["--preset", small_preset, "--top-p", "1", "--top-k", "0", "--max-new-tokens", "3", "--seed", "1"]
     assert main(["generate", "<bos>A  tab\there", *arguments]) == 0

@@ -1,5 +1,6 @@
 """The numbers of a model: published counts, layer types, refusals."""
 
+import numpy as np
 import pytest
 
 from keras_gemma2 import Gemma2Config
@@ -60,6 +61,7 @@ def test_round_trip_and_frozen(tiny):
         ({"sliding_window_size": 0}, "`sliding_window_size`"),
         ({"layer_types": ["local"]}, "num_layers=4.*Received 1"),
         ({"layer_types": ["local", "glob", "local", "global"]}, r"layer_types\[1\]='glob'"),
+        ({"layer_types": 3}, "one entry a layer.*3"),
         ({"layer_types": "local"}, "one entry a layer.*'local'"),
         ({"attention_logit_soft_cap": 0}, "`attention_logit_soft_cap`.*0"),
         ({"final_logit_soft_cap": -30.0}, "`final_logit_soft_cap`.*-30"),
@@ -72,3 +74,8 @@ def test_round_trip_and_frozen(tiny):
 def test_bad_numbers_are_refused(tiny, changes, message):
     with pytest.raises(ValueError, match=message):
         Gemma2Config(**{**tiny, **changes})
+
+
+def test_numpy_numbers_are_taken(tiny):
+    config = Gemma2Config(**{**tiny, "hidden_dim": np.int64(42), "layer_norm_epsilon": np.float32(0.5)})
+    assert config == Gemma2Config(**{**tiny, "layer_norm_epsilon": 0.5}) and type(config.hidden_dim) is int

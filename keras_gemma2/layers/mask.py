@@ -48,7 +48,8 @@ def token_positions(padding_mask: Any) -> Any:
 
     So a row has the same positions however it is padded. Padding takes the position of the real token before it.
     """
-    count = ops.cumsum(ops.cast(padding_mask, "int32"), axis=-1)
+    real = ops.cast(ops.cast(padding_mask, "bool"), "int32")  # any nonzero number marks a real token
+    count = ops.cumsum(real, axis=-1)
     return ops.cast(ops.maximum(count - 1, 0), "int32")
 
 

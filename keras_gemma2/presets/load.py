@@ -33,8 +33,11 @@ def load_object(
     """
     source = resolve(preset)
     if source.kind == KERAS:
-        is_model = issubclass(cls, keras.Model)
-        return keras_hub_loader(source.folder, **({"load_weights": load_weights} if is_model else {}), **kwargs)
+        if issubclass(cls, keras.Model):
+            kwargs["load_weights"] = load_weights
+            if kwargs.get("dtype") is None:  # keras-hub's own loader would take Keras's global default
+                kwargs["dtype"] = keras.dtype_policies.get(source.values["config"]["dtype"])
+        return keras_hub_loader(source.folder, **kwargs)
     if issubclass(cls, Gemma2Tokenizer):
         return cls(_vocabulary(source), **kwargs)
     if issubclass(cls, Gemma2CausalLMPreprocessor):
