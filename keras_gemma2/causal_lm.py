@@ -132,7 +132,8 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             **kwargs: as `keras.Model.fit`. `validation_data` follows the same rules as x, y and sample_weight.
 
         Raises:
-            ValueError: for token ids outside the vocabulary, where `x` is a dict of arrays.
+            ValueError: for token ids or labels outside the vocabulary, where `x` is a dict of arrays. Datasets and generators
+                are not looked through beforehand: there, on every backend, such an id makes the loss NaN or raises.
         """
         self._warn_about_half_precision_weights()
         if kwargs.get("class_weight") is not None:

@@ -67,6 +67,10 @@ def test_rms_norm_output_dtype():
     layer = RMSNorm(dtype="float16", output_dtype="float32")
     assert keras.backend.standardize_dtype(layer(ops.ones((1, 4), "float16")).dtype) == "float32"
     assert round_trip(layer).output_dtype == "float32"
+    narrow = RMSNorm(dtype="mixed_float16")
+    narrow.build((1, 4))
+    narrow.scale.assign(np.full(4, 1e6))
+    assert set(array(ops.cast(narrow(ops.ones((1, 4))), "float32")).ravel()) == {65504.0}  # float16's largest, not infinity
 
 
 # Rotary embedding ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,8 @@ def test_the_three_backends_offer_the_same_functions():
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, keras_gemma2; print(sorted({'keras', 'numpy', 'jax', 'torch', 'tensorflow', 'keras_hub'} & set(sys.modules)))"
+    heavy = {"keras", "numpy", "jax", "torch", "tensorflow", "keras_hub"}
+    code = f"import sys, keras_gemma2; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -97,3 +99,11 @@ def test_another_backend_is_refused_by_name():
         env={**os.environ, "KERAS_BACKEND": "numpy"},
     )
     assert result.returncode != 0 and "runs on the Keras backends jax, tensorflow, torch" in result.stderr
+
+
+def test_the_readme_is_filled_in_and_names_every_folder():
+    readme = Path(__file__).parents[1] / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    assert not re.search(r"[A-Z]+_(TABLE|COUNT)", text)
+    for folder in sorted({path.relative_to(PACKAGE).parts[0] for path in MODULES if path.parent != PACKAGE}):
+        assert f"  {folder}/" in text, folder

@@ -49,8 +49,9 @@ def _blocks(config: Gemma2Config, first: int, last: int, kind: str) -> list[str]
     number = 1 if first == last else (last - first) // 2 + 1
     sees = f"sliding window of {config.sliding_window_size} keys" if kind == LOCAL else "all earlier keys"
     head = f"  {many}: {kind} ({sees}), {count:,} parameters" + ("" if number == 1 else f" each, {number} blocks")
+    scale = f"{config.query_pre_attn_scalar:g}**-0.5"
     notes = {
-        "attention/query/kernel": f"{config.num_query_heads} heads of {config.head_dim}, scaled by {config.query_pre_attn_scalar:g}**-0.5",
+        "attention/query/kernel": f"{config.num_query_heads} heads of {config.head_dim}, scaled by {scale}",
         "attention/key/kernel": _groups(config),
         "attention/value/kernel": _cap(config.attention_logit_soft_cap),
         "feed_forward/gate/kernel": "gelu (tanh form)",
