@@ -101,9 +101,8 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         self.optimizer.build(self.trainable_variables)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        check_token_inputs(
-            inputs, self.backbone.config.vocabulary_size
-        )  # before Keras's own checks, which cannot name the mend
+        # Before Keras's own checks, which cannot name the mend.
+        check_token_inputs(inputs, self.backbone.config.vocabulary_size)
         return super().__call__(inputs, *args, **kwargs)
 
     # Token dicts bypass the preprocessor -------------------------------------------------------------------------------
