@@ -18,7 +18,7 @@ class TiedEmbedding(keras.layers.Layer):
     """Token ids to hidden states, and with `reverse=True` hidden states to logits, through one table `[V, D]`.
 
     Embeddings are multiplied by sqrt(hidden_dim), rounded to the compute dtype first, as in training (Hugging Face
-    `Gemma2Model`, gemma_pytorch): in bfloat16 that is 48 for 2304, not 48.0 for some and 59.8665 for 3584 but 59.75.
+    `Gemma2Model`, gemma_pytorch): in bfloat16, sqrt(3584) is 59.75 and not 59.8665.
     An id outside `[0, vocabulary_size)` gives NaN on every backend, so that it cannot pass unseen in compiled code; calls
     with values at hand raise before (see `Gemma2Backbone`).
 
