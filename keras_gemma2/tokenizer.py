@@ -7,6 +7,7 @@ gives a meaning to, input checks that say what to mend, and a construction that 
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -48,6 +49,8 @@ class Gemma2Tokenizer(FromPreset, keras_hub.tokenizers.SentencePieceTokenizer):
         proto: The vocabulary: a path to a SentencePiece model file (`tokenizer.model`,
             `vocabulary.spm`), or its bytes. `None` leaves the tokenizer empty until `load_assets`
             fills it.
+        extra_stop_token_ids: Ids that end generation besides `<eos>` and `<end_of_turn>`: those a
+            checkpoint's `generation_config.json` names.
         **kwargs: Arguments of `keras_hub.tokenizers.SentencePieceTokenizer` and
             `keras.layers.Layer`, such as `name`. `dtype` is the integer type of the ids, `"int32"`
             unless given.
@@ -59,7 +62,8 @@ class Gemma2Tokenizer(FromPreset, keras_hub.tokenizers.SentencePieceTokenizer):
             ids are `start_of_turn_token_id` and `end_of_turn_token_id`.
         end_token2, end_token2_id: The end of a turn once more, under the name keras-hub's
             `CausalLM` looks for when it decides where to stop.
-        stop_token_ids: Where generation stops: after `"<eos>"`, or after `"<end_of_turn>"`.
+        stop_token_ids: Where generation stops: after `"<eos>"`, after `"<end_of_turn>"`, or after
+            one of `extra_stop_token_ids`.
         special_token_ids: The ids of `"<bos>"`, `"<eos>"` and `"<pad>"`. The turn pieces are not
             among them: a conversation without them would run its turns together. The preprocessor
             drops the one that ends the generated text.
@@ -88,7 +92,10 @@ class Gemma2Tokenizer(FromPreset, keras_hub.tokenizers.SentencePieceTokenizer):
     start_of_turn_token_id = None
     end_of_turn_token_id = None
 
-    def __init__(self, proto: str | bytes | os.PathLike | None, **kwargs):
+    def __init__(
+        self, proto: str | bytes | os.PathLike | None, extra_stop_token_ids: Sequence[int] = (), **kwargs
+    ):
+        self.extra_stop_token_ids = tuple(int(token_id) for token_id in extra_stop_token_ids)
         for name, piece in _FRAME_PIECES.items():
             self._add_special_token(piece, name)
         super().__init__(proto=proto, **kwargs)
@@ -107,14 +114,20 @@ class Gemma2Tokenizer(FromPreset, keras_hub.tokenizers.SentencePieceTokenizer):
         return self.end_of_turn_token_id
 
     @property
-    def stop_token_ids(self) -> tuple[int, int]:
-        """The ids of `<eos>` and `<end_of_turn>`; either one ends generation.
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The ids of `<eos>` and `<end_of_turn>` and the extra ones; any of them ends generation.
 
         Raises:
             ValueError: If no vocabulary is set.
         """
         self._check_vocabulary()
-        return (self.end_token_id, self.end_of_turn_token_id)
+        own = (self.end_token_id, self.end_of_turn_token_id)
+        return own + tuple(i for i in self.extra_stop_token_ids if i not in own)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        extra = {"extra_stop_token_ids": list(self.extra_stop_token_ids)} if self.extra_stop_token_ids else {}
+        return {**super().get_config(), **extra}
 
     def set_proto(self, proto: str | bytes | os.PathLike | None) -> None:
         """Replaces the vocabulary.

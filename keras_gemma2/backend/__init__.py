@@ -9,7 +9,15 @@ import importlib
 import keras
 
 SUPPORTED = ("jax", "tensorflow", "torch")
-FUNCTIONS = ("linear", "tensor_from_row_blocks", "write_slots", "is_concrete", "compile_function", "no_gradients")
+FUNCTIONS = (
+    "linear",
+    "tensor_from_row_blocks",
+    "numpy_row_blocks",
+    "write_slots",
+    "is_concrete",
+    "compile_function",
+    "no_gradients",
+)
 
 if keras.backend.backend() not in SUPPORTED:
     raise ImportError(
@@ -21,6 +29,7 @@ _module = importlib.import_module(f"keras_gemma2.backend.{keras.backend.backend(
 
 linear = _module.linear
 tensor_from_row_blocks = _module.tensor_from_row_blocks
+numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
 is_concrete = _module.is_concrete
 compile_function = _module.compile_function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -37,6 +37,12 @@ def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...],
         buffer.block_until_ready()
         start += block.shape[0]
     return buffer
+
+
+def numpy_row_blocks(tensor: jax.Array, rows: int) -> Iterator[np.ndarray]:
+    """Consecutive blocks of rows as numpy arrays; on CPU they are views."""
+    array = np.asarray(tensor)
+    return (array[start : start + rows] for start in range(0, array.shape[0], rows))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

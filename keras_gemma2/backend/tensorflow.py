@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -34,6 +34,11 @@ def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...],
     if dtype != tf.bfloat16:
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     return tf.bitcast(tf.experimental.dlpack.from_dlpack(array.view(np.uint16).__dlpack__()), dtype)
+
+
+def numpy_row_blocks(tensor: tf.Tensor, rows: int) -> Iterator[np.ndarray]:
+    """Consecutive blocks of rows as numpy arrays."""
+    return (tensor[start : start + rows].numpy() for start in range(0, tensor.shape[0], rows))
 
 
 def write_slots(cache: tf.Tensor, values: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:

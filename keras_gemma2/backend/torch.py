@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 import torch
 from keras.src.backend.torch.core import get_device, to_torch_dtype
@@ -25,6 +26,18 @@ def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...],
         buffer[start : start + block.shape[0]].copy_(_from_numpy(block))
         start += block.shape[0]
     return buffer
+
+
+def numpy_row_blocks(tensor: torch.Tensor, rows: int) -> Iterator[np.ndarray]:
+    """Consecutive blocks of rows as numpy arrays; on CPU they are views."""
+    return (_to_numpy(tensor[start : start + rows]) for start in range(0, tensor.shape[0], rows))
+
+
+def _to_numpy(block: torch.Tensor) -> np.ndarray:
+    block = block.detach().cpu()
+    if block.dtype == torch.bfloat16:
+        return block.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return block.numpy()
 
 
 def _from_numpy(block: np.ndarray) -> torch.Tensor:

@@ -81,6 +81,13 @@ def dtype_from_hugging_face(values: Mapping[str, Any]) -> str | None:
     return values.get("dtype") or values.get("torch_dtype")
 
 
+def stop_token_ids_from_hugging_face(values: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where generation stops: `eos_token_id` of the generation config, or else of the config; an id or a list of ids."""
+    ids = generation.get("eos_token_id", values.get("eos_token_id"))
+    ids = ids if isinstance(ids, list) else [ids]
+    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+
+
 def _refuse_other_models(values: Mapping[str, Any]) -> None:
     if values.get("model_type") != "gemma2":
         raise ValueError(

@@ -20,7 +20,7 @@ _SKIP_RANDOM = contextvars.ContextVar("skip_random", default=False)
 
 @contextlib.contextmanager
 def skip_random_weights() -> Iterator[None]:
-    """A context in which `FanInNormal` gives zeros: for weights that a checkpoint overwrites next."""
+    """A context in which `FanInNormal` gives memory as it comes: for weights that a checkpoint overwrites next."""
     token = _SKIP_RANDOM.set(True)
     try:
         yield
@@ -51,7 +51,7 @@ class FanInNormal(keras.initializers.Initializer):
         shape = tuple(shape)
         dtype = keras.backend.standardize_dtype(dtype)
         if _SKIP_RANDOM.get():
-            return keras.ops.zeros(shape, dtype)
+            return backend.tensor_from_row_blocks((), shape, dtype)
         return backend.tensor_from_row_blocks(self._blocks(shape), shape, dtype)
 
     def _blocks(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

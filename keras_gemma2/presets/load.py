@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Any
 import keras
 
 from keras_gemma2.backbone import Gemma2Backbone
-from keras_gemma2.checkpoints import hf
-from keras_gemma2.checkpoints.hf_config import dtype_from_hugging_face
+from keras_gemma2.checkpoints import reading
+from keras_gemma2.checkpoints.source import KERAS, SIZE_ONLY, Source, find_file
 from keras_gemma2.config import Gemma2Config
+from keras_gemma2.errors import CheckpointError, HubError
 from keras_gemma2.layers.initializers import skip_random_weights
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
-from keras_gemma2.presets.registry import HUGGING_FACE, KERAS, SIZE_ONLY, Source, resolve
+from keras_gemma2.presets import hub
+from keras_gemma2.presets.registry import resolve
 from keras_gemma2.tokenizer import Gemma2Tokenizer
 
 
@@ -26,75 +29,93 @@ def load_object(
 
     Args:
         cls: the class (or a subclass) to make.
-        keras_hub_loader: the class's inherited `from_preset`, which reads the folders that `save_to_preset` writes.
-        preset: a name or a folder.
+        keras_hub_loader: the class's inherited `from_preset`, which reads the JSON files that `save_to_preset` writes.
+        preset: a name, an address or a folder.
         load_weights: whether to fill the weights.
         kwargs: arguments of the class; those of the backbone may be among them.
     """
-    source = resolve(preset)
-    if source.kind == KERAS:
-        if issubclass(cls, keras.Model):
-            kwargs["load_weights"] = load_weights
-            if kwargs.get("dtype") is None:  # keras-hub's own loader would take Keras's global default
-                kwargs["dtype"] = keras.dtype_policies.get(source.values["config"]["dtype"])
-        return keras_hub_loader(source.folder, **kwargs)
-    if issubclass(cls, Gemma2Tokenizer):
-        return cls(_vocabulary(source), **kwargs)
-    if issubclass(cls, Gemma2CausalLMPreprocessor):
-        return _preprocessor(cls, source, kwargs)
-    backbone_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in (*Gemma2Config.field_names(), "dtype")}
     if issubclass(cls, Gemma2Backbone):
-        return _backbone(cls, source, load_weights, {**backbone_kwargs, **kwargs})
-    backbone = kwargs.pop("backbone", None) or _backbone(Gemma2Backbone, source, load_weights, backbone_kwargs)
+        return _backbone(cls, resolve(preset, hub.WEIGHTS if load_weights else hub.CONFIG), load_weights, kwargs)
+    if issubclass(cls, keras.Model):
+        source = _resolve_task(preset, load_weights)
+        return _task(cls, keras_hub_loader, source, load_weights, kwargs)
+    source = resolve(preset, hub.TOKENIZER)
+    if source.kind == KERAS and find_file(source.path, "tokenizer.json", "preprocessor.json"):
+        return keras_hub_loader(source.path, **kwargs)
+    return _tokenizer(cls, source, kwargs) if issubclass(cls, Gemma2Tokenizer) else _preprocessor(cls, source, kwargs)
+
+
+def _resolve_task(preset: Any, load_weights: bool) -> Source:
+    if load_weights:
+        return resolve(preset, hub.WEIGHTS)
+    try:
+        return resolve(preset, hub.TOKENIZER)
+    except HubError:
+        source = resolve(preset, hub.CONFIG)
+        if source.kind != SIZE_ONLY:
+            raise
+        return source  # the architecture of a built-in name is known without its files
+
+
+def _task(
+    cls: type, keras_hub_loader: Callable[..., Any], source: Source, load_weights: bool, kwargs: dict[str, Any]
+) -> Any:
+    names = (*Gemma2Config.field_names(), "dtype")
+    backbone_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
+    if kwargs.get("backbone") is None:
+        kwargs["backbone"] = _backbone(Gemma2Backbone, source, load_weights, backbone_kwargs)
     if "preprocessor" not in kwargs:
         kwargs["preprocessor"] = _optional_preprocessor(cls, source)
-    return cls(backbone=backbone, **kwargs)
+    return cls(**kwargs)
 
 
 def _backbone(cls: type, source: Source, load_weights: bool, kwargs: dict[str, Any]) -> Gemma2Backbone:
-    if source.kind == SIZE_ONLY and load_weights:
-        raise ValueError(
-            f"The weights of {source.name!r} are not part of this package, and this version does not download them. Download the "
-            "Hugging Face folder (for example `hf download google/gemma-2-2b --local-dir FOLDER`) and pass FOLDER, or pass "
-            "`load_weights=False` for the architecture with random weights."
-        )
-    if kwargs.get("dtype") is None and source.kind == HUGGING_FACE:
-        kwargs["dtype"] = dtype_from_hugging_face(source.values) or hf.stored_dtype(source.folder)
-    arguments = {**source.config.to_dict(), **kwargs}
+    arguments = {**source.config.to_dict(), **{key: value for key, value in kwargs.items() if key != "dtype" or value is not None}}
     if not load_weights:
+        arguments.setdefault("dtype", source.dtype)
         return cls(**arguments)
-    with skip_random_weights():
-        backbone = cls(**arguments)
-    hf.load_weights(backbone, source.folder)
+    config = Gemma2Config(**{key: value for key, value in arguments.items() if key in Gemma2Config.field_names()})
+    with reading.open_weights(source, config) as entries:
+        arguments.setdefault("dtype", source.dtype or reading.stored_dtype(entries))
+        with skip_random_weights():
+            backbone = cls(**arguments)
+        reading.fill(backbone, entries, source.name)
     return backbone
 
 
-def _vocabulary(source: Source) -> str:
-    path = os.path.join(source.folder or "", hf.TOKENIZER_FILE)
-    if source.folder is None or not os.path.exists(path):
-        where = (
-            f"the folder {source.folder!r} has no {hf.TOKENIZER_FILE}"
-            if source.folder
-            else "its files are not part of this package"
-        )
-        raise ValueError(
+def _tokenizer(cls: type, source: Source, kwargs: dict[str, Any]) -> Gemma2Tokenizer:
+    proto = reading.vocabulary(source)
+    if proto is None:
+        where = f"{source.path!r} has no tokenizer" if source.path else "its files are not part of this package"
+        raise CheckpointError(
             f"The preset {source.name!r} has no tokenizer here: {where}. Pass `Gemma2Tokenizer(proto=path)` instead."
         )
-    return path
+    if source.stop_token_ids:
+        kwargs.setdefault("extra_stop_token_ids", source.stop_token_ids)
+    return cls(proto, **kwargs)
 
 
 def _preprocessor(cls: type, source: Source, kwargs: dict[str, Any]) -> Gemma2CausalLMPreprocessor:
-    tokenizer = kwargs.pop("tokenizer", None) or Gemma2Tokenizer(_vocabulary(source))
+    tokenizer = kwargs.pop("tokenizer", None) or _tokenizer(cls.tokenizer_cls, source, {})
     kwargs.setdefault("sequence_length", min(1024, source.config.max_sequence_length))
     return cls(tokenizer, **kwargs)
 
 
 def _optional_preprocessor(cls: type, source: Source) -> Gemma2CausalLMPreprocessor | None:
-    if source.folder is not None and os.path.exists(os.path.join(source.folder, hf.TOKENIZER_FILE)):
+    if source.kind == KERAS and find_file(source.path, "preprocessor.json"):
+        return cls.preprocessor_cls.from_preset(source.path)
+    if source.path is not None and reading.vocabulary(source) is not None:
         return _preprocessor(cls.preprocessor_cls, source, {})
     warnings.warn(
-        f"The preset {source.name!r} has no {hf.TOKENIZER_FILE}: the model is loaded without a preprocessor and works on token "
+        f"The preset {source.name!r} has no tokenizer: the model is loaded without a preprocessor and works on token "
         "ids alone. Pass `preprocessor=` to work on text.",
-        stacklevel=5,
+        stacklevel=_frames_of_this_package(),
     )
     return None
+
+
+def _frames_of_this_package() -> int:
+    """The stack level of the caller of the package, where a warning is of use."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    frames = inspect.stack(context=0)[1:]
+    return 1 + next((i for i, frame in enumerate(frames) if not os.path.abspath(frame.filename).startswith(package)), 0)

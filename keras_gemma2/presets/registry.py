@@ -1,56 +1,31 @@
-"""The built-in preset names, and what a name or a folder stands for. Reads files, loads no model."""
+"""The built-in preset names, and what a name, a hub's address or a folder stands for. Loads no model."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
 import os
-from typing import Any
 
-from keras_gemma2.checkpoints.hf_config import config_from_hugging_face, is_hugging_face_config
-from keras_gemma2.config import NAMED_SIZES, Gemma2Config
+from keras_gemma2.checkpoints.reading import find_source
+from keras_gemma2.checkpoints.source import SIZE_ONLY, Source
+from keras_gemma2.config import NAMED_SIZES
+from keras_gemma2.errors import CheckpointError
+from keras_gemma2.presets import hub
 
 EMBEDDED = "gemma2_mini_en"
 EMBEDDED_FOLDER = os.path.join(os.path.dirname(__file__), EMBEDDED)
 
-# Names of keras-hub's Gemma 2 presets, by the size whose architecture they share.
-PUBLISHED: dict[str, str] = {
-    "gemma2_2b_en": "gemma2_2b",
-    "gemma2_instruct_2b_en": "gemma2_2b",
-    "gemma2_9b_en": "gemma2_9b",
-    "gemma2_instruct_9b_en": "gemma2_9b",
-    "gemma2_27b_en": "gemma2_27b",
-    "gemma2_instruct_27b_en": "gemma2_27b",
-    "shieldgemma_2b_en": "gemma2_2b",
-    "shieldgemma_9b_en": "gemma2_9b",
-    "shieldgemma_27b_en": "gemma2_27b",
+# Names of keras-hub's Gemma 2 presets: the size whose architecture they share, and where their files are.
+PUBLISHED: dict[str, tuple[str, str]] = {
+    "gemma2_2b_en": ("gemma2_2b", "kaggle://keras/gemma2/keras/gemma2_2b_en/2"),
+    "gemma2_instruct_2b_en": ("gemma2_2b", "kaggle://keras/gemma2/keras/gemma2_instruct_2b_en/2"),
+    "gemma2_9b_en": ("gemma2_9b", "kaggle://keras/gemma2/keras/gemma2_9b_en/4"),
+    "gemma2_instruct_9b_en": ("gemma2_9b", "kaggle://keras/gemma2/keras/gemma2_instruct_9b_en/4"),
+    "gemma2_27b_en": ("gemma2_27b", "kaggle://keras/gemma2/keras/gemma2_27b_en/3"),
+    "gemma2_instruct_27b_en": ("gemma2_27b", "kaggle://keras/gemma2/keras/gemma2_instruct_27b_en/3"),
+    "shieldgemma_2b_en": ("gemma2_2b", "kaggle://google/shieldgemma/keras/shieldgemma_2b_en/2"),
+    "shieldgemma_9b_en": ("gemma2_9b", "kaggle://google/shieldgemma/keras/shieldgemma_9b_en/2"),
+    "shieldgemma_27b_en": ("gemma2_27b", "kaggle://google/shieldgemma/keras/shieldgemma_27b_en/2"),
 }
-
-HUGGING_FACE = "hugging_face"
-KERAS = "keras"
-SIZE_ONLY = "size_only"
-
-OUR_BACKBONE = "keras_gemma2>Gemma2Backbone"
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What a preset resolves to.
-
-    Args:
-        name: as the user gave it.
-        kind: `HUGGING_FACE` or `KERAS` for a folder in that layout; `SIZE_ONLY` for an architecture without weights here.
-        config: the architecture.
-        folder: local path, or None.
-        values: the parsed config.json, or an empty dict.
-    """
-
-    name: str
-    kind: str
-    config: Gemma2Config
-    folder: str | None = None
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def preset_names() -> list[str]:
@@ -58,46 +33,35 @@ def preset_names() -> list[str]:
     return [EMBEDDED, *PUBLISHED]
 
 
-def resolve(preset: str | os.PathLike[str]) -> Source:
-    """Finds out what a name or a folder stands for, by the folder's content.
+def resolve(preset: str | os.PathLike[str], need: str = hub.CONFIG) -> Source:
+    """Finds out what a name, a hub's address or a folder stands for, by its content.
+
+    Args:
+        preset: as `from_preset` takes it.
+        need: `hub.CONFIG`, `hub.TOKENIZER` or `hub.WEIGHTS`: how much of it is downloaded where it is not on this machine.
 
     Raises:
-        ValueError: for an unknown name (near names are listed), or a folder that holds no Gemma 2.
+        CheckpointError: for an unknown name (near names are listed), or a folder that holds no Gemma 2.
+        HubError: if a hub does not give the files.
         TypeError: for something that is neither a string nor a path.
     """
     if not isinstance(preset, (str, os.PathLike)):
         raise TypeError(f"`preset` must be a name or a folder, as a string or a path. Received: {preset!r}.")
     name = os.fspath(preset)
     if name == EMBEDDED:
-        return _resolve_folder(name, EMBEDDED_FOLDER)
+        return find_source(name, EMBEDDED_FOLDER)
     if name in PUBLISHED:
-        return Source(name, SIZE_ONLY, NAMED_SIZES[PUBLISHED[name]])
-    if os.path.isdir(name):
-        return _resolve_folder(name, name)
+        size, address = PUBLISHED[name]
+        if need == hub.CONFIG:
+            return Source(name, SIZE_ONLY, NAMED_SIZES[size])
+        return find_source(name, hub.fetch(address, need))
+    if hub.is_address(name):
+        return find_source(name, hub.fetch(name, need))
+    if os.path.exists(name):
+        return find_source(name, name)
     near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(
-        f"Unknown preset {name!r}: no built-in name and no folder. {hint}Built-in names: {preset_names()}."
+    raise CheckpointError(
+        f"Unknown preset {name!r}: no built-in name, no folder or file, and no address such as 'hf://google/gemma-2-2b'. "
+        f"{hint}Built-in names: {preset_names()}."
     )
-
-
-def _resolve_folder(name: str, folder: str) -> Source:
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        raise ValueError(
-            f"The folder {folder!r} is no preset: it has no config.json. It holds: {sorted(os.listdir(folder))[:10]}."
-        )
-    with open(path, encoding="utf-8") as file:
-        try:
-            values = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object. Received: {type(values).__name__}.")
-    if is_hugging_face_config(values):
-        return Source(name, HUGGING_FACE, config_from_hugging_face(values), folder, values)
-    if values.get("registered_name") == OUR_BACKBONE:
-        known = {key: value for key, value in values["config"].items() if key in Gemma2Config.field_names()}
-        return Source(name, KERAS, Gemma2Config.from_dict(known), folder, values)
-    what = values.get("registered_name") or values.get("class_name") or f"keys {sorted(values)[:8]}"
-    raise ValueError(f"{path} describes no Gemma 2 that this version reads. Found: {what}.")

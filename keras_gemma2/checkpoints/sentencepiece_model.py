@@ -1,0 +1,35 @@
+"""SentencePiece models made from a list of pieces, for checkpoints that carry their vocabulary in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# `ModelProto.SentencePiece.Type` of sentencepiece's `sentencepiece_model.proto`.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def build_model(pieces: Iterable[tuple[str, float, int]]) -> bytes:
+    """A serialized BPE model with Gemma's settings: byte fallback, digits apart, no dummy prefix, no normalization.
+
+    Args:
+        pieces: each piece's text, score and type, in the order of ids. Merges with higher scores are made first.
+
+    Source: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    for piece, score, kind in pieces:
+        model.pieces.add(piece=piece, score=score, type=kind)
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    trainer = model.trainer_spec
+    trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    trainer.vocab_size = len(model.pieces)
+    trainer.byte_fallback, trainer.split_digits, trainer.allow_whitespace_only_pieces = True, True, True
+    for name, piece in {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}.items():
+        setattr(trainer, f"{name}_piece", piece)
+        setattr(trainer, f"{name}_id", ids.get(piece, -1))
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, False, True
+    return model.SerializeToString()

@@ -1,0 +1,92 @@
+"""What a folder or file of weights turned out to be. Nothing heavier than JSON is read to find out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from keras_gemma2.config import Gemma2Config
+from keras_gemma2.errors import CheckpointError, MissingFileError
+
+HUGGING_FACE = "hugging_face"
+KERAS = "keras"
+KERAS_HUB = "keras_hub"
+GEMMA_PYTORCH = "gemma_pytorch"
+FLAX = "flax"
+GGUF = "gguf"
+SIZE_ONLY = "size_only"
+
+CONFIG_FILE = "config.json"
+LARGEST_JSON = 256 << 20  # bytes; Gemma's tokenizer.json is 34 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found, not yet opened.
+
+    Args:
+        name: as the user gave it.
+        kind: one of the constants of this module, which are the columns of the weight table; `SIZE_ONLY` for an
+            architecture without files.
+        config: the architecture.
+        path: local folder or file, or None.
+        values: the parsed config.json, or whatever stands for it.
+        dtype: the dtype policy's name, or config, to load the weights in unless the caller asks for another; None for the
+            stored one.
+        stop_token_ids: where generation stops, besides the tokenizer's own stop tokens.
+    """
+
+    name: str
+    kind: str
+    config: Gemma2Config
+    path: str | None = None
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: Any = None
+    stop_token_ids: tuple[int, ...] = ()
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        CheckpointError: if it is no JSON object, or too large to be one of a checkpoint's.
+    """
+    try:
+        size = os.path.getsize(path)
+        if size > LARGEST_JSON:
+            raise CheckpointError(f"{path} has {size} bytes; no JSON file of a checkpoint is that large.")
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path} is not there. Download it again.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object. Received: {type(values).__name__}.")
+    return values
+
+
+def find_file(folder: str, *names: str) -> str | None:
+    """The first of these files that a folder holds."""
+    paths = [os.path.join(folder, name) for name in names]
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def file_inside(folder: str, name: Any, named_by: str) -> str:
+    """The path of a file that an index names, which must lie directly in the index's folder.
+
+    Raises:
+        CheckpointError: if the name leads elsewhere.
+        MissingFileError: if the file is not there.
+    """
+    if not isinstance(name, str) or not name or name in (".", "..") or "\0" in name or os.path.basename(name) != name or "\\" in name:
+        raise CheckpointError(f"{named_by} names the file {name!r}; only files of its own folder may be named there.")
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise MissingFileError(f"{named_by} names the file {name!r}, which is not in the folder. Download it.")
+    return path

@@ -1,0 +1,24 @@
+"""The errors of reading and writing checkpoints: one family, so that a caller can catch all of them."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written as asked; the message names the file or key, and the mend.
+
+    Example:
+        >>> try:
+        ...     Gemma2CausalLM.from_preset(folder)
+        ... except CheckpointError as error:
+        ...     print(error)
+    """
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A file that a checkpoint must have is not there."""
+
+    __str__ = CheckpointError.__str__  # OSError's would print an errno that there is not
+
+
+class HubError(CheckpointError):
+    """A model hub gave no files: no access, no network, no such model. The message names the step to take."""
