@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,9 +103,7 @@ def _name(value: Any) -> str:
 
 def _check_tied_head(tensors: dict[str, Any], folder: str) -> None:
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
-    if tuple(head.shape) != tuple(embedding.shape) or not all(
-        np.array_equal(a, b) for a, b in zip(_rows(head), _rows(embedding))
-    ):
+    if tuple(head.shape) != tuple(embedding.shape) or not all(np.array_equal(a, b) for a, b in zip(_rows(head), _rows(embedding))):
         raise CheckpointError(
             f"{HEAD!r} of {folder} differs from the embedding. Gemma 2 ties the two; a model trained with an untied head "
             "cannot be loaded."

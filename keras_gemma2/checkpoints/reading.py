@@ -28,7 +28,11 @@ READERS = {
     FLAX: "keras_gemma2.checkpoints.flax",
 }
 # Exponent bits of each width: all of them set means infinity or NaN.
-_NOT_FINITE = {"float32": (np.int32, 0x7FFFFFFF, 0x7F800000), "float16": (np.int16, 0x7FFF, 0x7C00), "bfloat16": (np.int16, 0x7FFF, 0x7F80)}
+_NOT_FINITE = {
+    "float32": (np.int32, 0x7FFFFFFF, 0x7F800000),
+    "float16": (np.int16, 0x7FFF, 0x7C00),
+    "bfloat16": (np.int16, 0x7FFF, 0x7F80),
+}
 
 
 def find_source(name: str, path: str) -> Source:

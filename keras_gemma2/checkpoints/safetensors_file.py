@@ -101,18 +101,14 @@ def _header(descriptor: int, path: str) -> tuple[dict[str, Any], int]:
 def _tensor(descriptor: int, path: str, name: str, entry: Mapping[str, Any], start: int) -> SafetensorsTensor:
     dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise CheckpointError(
-            f"The tensor {name!r} of {path} has dtype {entry['dtype']}; those read are {', '.join(DTYPES)}."
-        )
+        raise CheckpointError(f"The tensor {name!r} of {path} has dtype {entry['dtype']}; those read are {', '.join(DTYPES)}.")
     shape, (first, end) = tuple(entry["shape"]), entry["data_offsets"]
     if math.prod(shape) * dtype.itemsize != end - first or start + end > os.fstat(descriptor).st_size:
         raise CheckpointError(f"The tensor {name!r} of {path} does not fit its offsets. Download it again.")
     return SafetensorsTensor(descriptor, path, start + first, shape, dtype)
 
 
-def write_safetensors(
-    path: str, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]]
-) -> None:
+def write_safetensors(path: str, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]]) -> None:
     """Writes a file tensor by tensor, in blocks of rows.
 
     Args:

@@ -84,7 +84,14 @@ def file_inside(folder: str, name: Any, named_by: str) -> str:
         CheckpointError: if the name leads elsewhere.
         MissingFileError: if the file is not there.
     """
-    if not isinstance(name, str) or not name or name in (".", "..") or "\0" in name or os.path.basename(name) != name or "\\" in name:
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or "\0" in name
+        or os.path.basename(name) != name
+        or "\\" in name
+    ):
         raise CheckpointError(f"{named_by} names the file {name!r}; only files of its own folder may be named there.")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):

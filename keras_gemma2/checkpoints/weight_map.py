@@ -265,9 +265,7 @@ class Entry:
             yield block.astype(np.float32) - np.float32(self.cell.offset) if self.cell.offset else block
 
 
-def match(
-    tensors: Mapping[str, Tensor], config: Gemma2Config, cells: Mapping[str, Foreign], where: str
-) -> dict[str, Entry]:
+def match(tensors: Mapping[str, Tensor], config: Gemma2Config, cells: Mapping[str, Foreign], where: str) -> dict[str, Entry]:
     """Our paths and what stands for them in a checkpoint; every tensor is used exactly once.
 
     Args:
@@ -294,9 +292,7 @@ def match(
     return dict(_entries(tensors, config, cells))
 
 
-def _entries(
-    tensors: Mapping[str, Tensor], config: Gemma2Config, cells: Mapping[str, Foreign]
-) -> Iterator[tuple[str, Entry]]:
+def _entries(tensors: Mapping[str, Tensor], config: Gemma2Config, cells: Mapping[str, Foreign]) -> Iterator[tuple[str, Entry]]:
     ours, used = config.weight_shapes(), dict.fromkeys(tensors, 0)
     for path, cell in cells.items():
         tensor = tensors[cell.name]

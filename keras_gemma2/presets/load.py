@@ -22,9 +22,7 @@ from keras_gemma2.presets.registry import resolve
 from keras_gemma2.tokenizer import Gemma2Tokenizer
 
 
-def load_object(
-    cls: type, keras_hub_loader: Callable[..., Any], preset: Any, load_weights: bool, kwargs: dict[str, Any]
-) -> Any:
+def load_object(cls: type, keras_hub_loader: Callable[..., Any], preset: Any, load_weights: bool, kwargs: dict[str, Any]) -> Any:
     """Loads an object of one of the public classes; `from_preset` of each of them ends here.
 
     Args:
@@ -57,9 +55,7 @@ def _resolve_task(preset: Any, load_weights: bool) -> Source:
         return source  # the architecture of a built-in name is known without its files
 
 
-def _task(
-    cls: type, keras_hub_loader: Callable[..., Any], source: Source, load_weights: bool, kwargs: dict[str, Any]
-) -> Any:
+def _task(cls: type, keras_hub_loader: Callable[..., Any], source: Source, load_weights: bool, kwargs: dict[str, Any]) -> Any:
     names = (*Gemma2Config.field_names(), "dtype")
     backbone_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
     if kwargs.get("backbone") is None:
