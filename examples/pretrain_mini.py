@@ -25,7 +25,6 @@ import mini_corpus
 import numpy as np
 
 import keras_gemma2
-from keras_gemma2.checkpoints.hf import save_hugging_face_folder
 
 SIZE_LIMIT = 10_000_000  # bytes of the whole folder, so that it fits into the wheel
 PROMPTS = ("To the Senate and House of Representatives:", "The state of our Union is", "The whale")
@@ -200,7 +199,7 @@ def save(backbone: keras.Model, vocabulary: bytes, context: int, folder: Path) -
     tokenizer = keras_gemma2.Gemma2Tokenizer(proto=vocabulary)
     preprocessor = keras_gemma2.Gemma2CausalLMPreprocessor(tokenizer, sequence_length=context)
     lm = keras_gemma2.Gemma2CausalLM(backbone, preprocessor=preprocessor)
-    save_hugging_face_folder(lm, folder, weights_dtype="float16", config_dtype="float32")
+    lm.export_to_transformers(folder, dtype="float16", config_dtype="float32")
 
 
 def judge(folder: Path, split: mini_corpus.Split, vocabulary: bytes, context: int) -> dict[str, Any]:

@@ -12,13 +12,16 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it; None for modules that are public themselves.
 _PUBLIC = {
+    "CheckpointError": "keras_gemma2.errors",
     "Gemma2Backbone": "keras_gemma2.backbone",
     "Gemma2CausalLM": "keras_gemma2.causal_lm",
     "Gemma2CausalLMPreprocessor": "keras_gemma2.preprocessor",
     "Gemma2Config": "keras_gemma2.config",
     "Gemma2Tokenizer": "keras_gemma2.tokenizer",
+    "convert": "keras_gemma2.presets.convert",
     "layers": None,
     "preset_names": "keras_gemma2.presets.registry",
+    "verify": "keras_gemma2.presets.verify",
 }
 
 __all__ = ["__version__", *_PUBLIC]

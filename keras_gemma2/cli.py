@@ -1,4 +1,4 @@
-"""The command line: `keras-gemma2 generate | info`, also `python -m keras_gemma2`.
+"""The command line: `keras-gemma2 generate | info | convert | verify`, also `python -m keras_gemma2`.
 
 Only the standard library is imported until a command needs more, so that `--help` answers at once. stdout carries a
 command's result and nothing else.
@@ -18,7 +18,7 @@ DEFAULT_PRESET = "gemma2_mini_en"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 for wrong input, with one line on stderr.
+    """Runs one command; returns the exit code: 0, 1 if `verify` finds a fault, or 2 for wrong input, with one line on stderr.
 
     Args:
         arguments: without the program's name; None means `sys.argv[1:]`.
@@ -62,7 +62,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("preset", help="built-in name or folder")
     info.set_defaults(run=_info)
+    _add_convert(commands)
+    _add_verify(commands)
     return parser
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert", help="write a checkpoint in another format", description="Writes a checkpoint in another format."
+    )
+    add = parser.add_argument
+    add("source", help="built-in name, hub address, folder or file, as from_preset takes it")
+    add("target", help="folder to write")
+    add("--to", choices=("hf", "preset", "keras_hub"), default="hf", help="format (default: %(default)s)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the stored weights (default: the source's)")
+    add("--max-shard-size", metavar="SIZE", help="of one file, such as 2GB (default: 5GB for hf, else 10GB)")
+    add("--quiet", action="store_true", help="draw no progress bar")
+    parser.set_defaults(run=_convert)
+
+
+def _add_verify(commands) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check that a checkpoint is whole, and what it says it is",
+        description="Checks a checkpoint's files, numbers and texts. The exit code is 1 if a check failed.",
+    )
+    add = parser.add_argument
+    add("where", help="built-in name, hub address, folder or file, as from_preset takes it")
+    add("--as", dest="claim", metavar="NAME", help="the published model it should be (default: what WHERE is called)")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
+    add("--dtype", help="float32, bfloat16, ... (default: what the checkpoint says)")
+    add("--quick", action="store_true", help="only what needs no model: files, config, weights, vocabulary")
+    add("--no-transformers", action="store_true", help="no logits beside transformers'")
+    add("--long", action="store_true", help="also a continuation of 4,806 tokens, minutes on a CPU")
+    parser.set_defaults(run=_verify)
 
 
 class _OneLineErrors(argparse.ArgumentParser):
@@ -159,3 +192,25 @@ def _info(options: argparse.Namespace) -> int:
 
     print(format_tree(resolve(options.preset).config, options.preset))
     return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from keras_gemma2.presets.convert import convert
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    convert(
+        options.source, options.target, options.to, options.dtype, options.max_shard_size, progress=not options.quiet
+    )
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from keras_gemma2.presets.verify import FAILED, NEED_MODEL, summary, verify
+
+    _choose_backend(options.backend)
+    skip = NEED_MODEL if options.quick else ("transformers",) if options.no_transformers else ()
+    results = verify(
+        options.where, options.dtype, options.claim, skip, options.long, report=lambda result: print(result, flush=True)
+    )
+    print(summary(options.where, results), flush=True)
+    return int(any(result.verdict == FAILED for result in results))

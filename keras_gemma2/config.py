@@ -14,6 +14,8 @@ from typing import Any
 LOCAL = "local"
 GLOBAL = "global"
 LAYER_TYPES = (LOCAL, GLOBAL)
+# Beyond any model; a damaged config must not be counted out layer by layer.
+LARGEST_NUM_LAYERS, LARGEST_INTEGER = 10_000, 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +203,12 @@ def _set(config: Gemma2Config, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _positive_integer(name: str, value: Any) -> int:
@@ -212,6 +219,9 @@ def _positive_integer(name: str, value: Any) -> int:
         integer = None
     if integer is None or isinstance(value, bool) or integer < 1:
         raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
+    limit = LARGEST_NUM_LAYERS if name == "num_layers" else LARGEST_INTEGER
+    if integer > limit:
+        raise ValueError(f"`{name}` must be at most {limit}. Received: {name}={value!r}.")
     return integer
 
 

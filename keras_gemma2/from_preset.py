@@ -1,11 +1,13 @@
-"""`from_preset`, `save_to_preset` and `presets` for the package's public classes."""
+"""`from_preset`, `save_to_preset` and `export_to_transformers` for the package's public classes."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from typing import Any
+
+from keras_gemma2.staging import CHECKPOINT_FILES, MODEL_FILES, TOKENIZER_FILES, replacing_folder
+
+FORMATS = ("keras_gemma2", "keras_hub")
 
 
 class FromPreset:
@@ -16,14 +18,16 @@ class FromPreset:
         """Loads an object of this class from a preset.
 
         Args:
-            preset: the name of a built-in preset (`keras_gemma2.preset_names()` lists them); a folder saved by
-                `save_to_preset`; or a Hugging Face folder of a Gemma 2 model (`config.json`, safetensors,
-                `tokenizer.model`).
+            preset: the name of a built-in preset (`keras_gemma2.preset_names()` lists them); a hub's address (`kaggle://...`,
+                `hf://owner/name[@revision]`, `modelscope://...`); or a local folder or file in any format that this package
+                reads, which is found out by its content: a preset of this package or of keras-hub, a Hugging Face folder,
+                gemma_pytorch's `model.ckpt`, a Flax checkpoint, a GGUF file.
             load_weights: whether to fill the weights; False leaves them random.
             **kwargs: `dtype` (default: what the preset's config says) and other arguments of the backbone, or of the class.
 
         Raises:
-            ValueError: for an unknown name (the message lists near ones), a folder without a model, or one of another model.
+            CheckpointError: a `ValueError`, for an unknown name (the message lists near ones), a folder without a model, a
+                damaged one, or one of another model.
 
         Example:
             >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
@@ -32,32 +36,109 @@ class FromPreset:
 
         return load_object(cls, super().from_preset, preset, load_weights, kwargs)
 
-    def save_to_preset(self, preset_dir: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Saves to a folder that `from_preset` of this package and of keras-hub read.
+    def save_to_preset(self, preset_dir: str | os.PathLike[str], format: str = "keras_gemma2", **kwargs: Any) -> None:
+        """Saves to a folder that `from_preset` reads.
 
-        The files are written to a folder beside it and moved when all are complete.
+        The folder changes in one step, when all files are complete (`staging.replacing_folder` says how). Files of an older
+        checkpoint go, files that belong to none stay.
 
         Args:
-            preset_dir: the folder; made if missing, files of the same name in it are replaced.
+            preset_dir: the folder; made if missing.
+            format: "keras_gemma2" for this package's classes, or "keras_hub" for those of keras-hub (models only), which
+                `keras_hub.models.GemmaCausalLM.from_preset` reads.
             **kwargs: as the keras-hub base class takes them (`max_shard_size` in GB, for models).
+
+        Raises:
+            ValueError: for an unknown format.
+            CheckpointError: if the folder cannot be written.
 
         Example:
             >>> lm.save_to_preset("./my_gemma2")
         """
-        target = os.path.abspath(os.fspath(preset_dir))
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        staging = tempfile.mkdtemp(prefix=f".{os.path.basename(target)}-", dir=os.path.dirname(target))
-        try:
+        if format not in FORMATS:
+            raise ValueError(f"`format` must be one of {FORMATS}. Received: {format!r}.")
+        backbone, tokenizer, owned = _parts(self)
+        if format == "keras_hub":
+            preprocessor = getattr(self, "preprocessor", None)
+            arguments = None if preprocessor is None else preprocessor.get_config()
+            _save_for_keras_hub(backbone, tokenizer, arguments, preset_dir, owned, **kwargs)
+            return
+        with replacing_folder(preset_dir, _bytes(backbone), owned) as staging:
             super().save_to_preset(staging, **kwargs)
-            move_into(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+
+    def export_to_transformers(
+        self,
+        path: str | os.PathLike[str],
+        dtype: str | None = None,
+        max_shard_size: str | int = "5GB",
+        config_dtype: str | None = None,
+    ) -> None:
+        """Writes a Hugging Face folder, for transformers, vLLM, TGI, Axolotl and llama.cpp's converter.
+
+        The folder changes in one step, as with `save_to_preset`. A backbone is written as the whole causal language model,
+        since its output projection is its embedding. A tokenizer or preprocessor writes the tokenizer's files alone, beside
+        a model that is there.
+
+        transformers reads `"<bos>"` and other special pieces in a text as tokens, where `Gemma2Tokenizer` sees the
+        characters they are spelled with. All other texts have the same ids.
+
+        Args:
+            path: the folder; made if missing.
+            dtype: "float32", "float16" or "bfloat16" of the stored weights; default the model's.
+            max_shard_size: largest size of one file, as bytes or a text such as "5GB" (decimal).
+            config_dtype: the dtype that readers load the weights in by default; `dtype` unless given.
+
+        Raises:
+            ValueError: for a wrong `dtype` or `max_shard_size`.
+            CheckpointError: if the folder cannot be written, or a weight does not fit the dtype's range.
+
+        Example:
+            >>> lm.export_to_transformers("./my_gemma2_hf", dtype="bfloat16")
+            >>> transformers.AutoModelForCausalLM.from_pretrained("./my_gemma2_hf")
+        """
+        from keras_gemma2.checkpoints import hf_writer
+
+        backbone, tokenizer, owned = _parts(self)
+        if backbone is None:
+            hf_writer.export_tokenizer(tokenizer, path, owned)
+        else:
+            hf_writer.export_model(backbone, tokenizer, path, dtype, max_shard_size, config_dtype, owned)
 
 
-def move_into(staging: str, target: str) -> None:
-    """Moves every file below one folder to the same place below another, replacing files of the same name."""
-    for folder, _, names in os.walk(staging):
-        destination = os.path.join(target, os.path.relpath(folder, staging))
-        os.makedirs(destination, exist_ok=True)
-        for name in names:
-            os.replace(os.path.join(folder, name), os.path.join(destination, name))
+def _parts(thing: Any) -> tuple[Any, Any, tuple[str, ...]]:
+    """The backbone and the tokenizer of an object of a public class, and which files of an older checkpoint it replaces."""
+    if hasattr(thing, "named_weights"):
+        return thing, None, MODEL_FILES
+    if hasattr(thing, "backbone"):
+        tokenizer = None if thing.preprocessor is None else thing.preprocessor.tokenizer
+        return thing.backbone, tokenizer, CHECKPOINT_FILES
+    return None, getattr(thing, "tokenizer", thing), TOKENIZER_FILES
+
+
+def _bytes(backbone: Any) -> int:
+    """How much a preset's weights take on a disk."""
+    if backbone is None:
+        return 0
+    return backbone.config.parameter_count() * (2 if backbone.dtype_policy.variable_dtype in ("float16", "bfloat16") else 4)
+
+
+def _save_for_keras_hub(
+    backbone: Any,
+    tokenizer: Any,
+    preprocessor: dict[str, Any] | None,
+    target: Any,
+    owned: tuple[str, ...],
+    max_shard_size: str | float | None = 10,
+    **kwargs: Any,
+) -> None:
+    from keras_gemma2.checkpoints.keras_hub import write_folder
+    from keras_gemma2.checkpoints.writing import outgoing_from_backbone
+
+    if backbone is None:
+        raise ValueError("Only models are saved in format='keras_hub'; a tokenizer goes with its `Gemma2CausalLM`.")
+    if kwargs:
+        raise TypeError(f"`save_to_preset` in format='keras_hub' takes `max_shard_size` only. Received: {sorted(kwargs)}.")
+    weights = outgoing_from_backbone(backbone)
+    proto, stop = (None, ()) if tokenizer is None else (tokenizer.proto, tokenizer.stop_token_ids)
+    with replacing_folder(target, weights.nbytes, owned) as folder:
+        write_folder(folder, weights, proto, stop, max_shard_size, None, preprocessor)

@@ -24,12 +24,11 @@ def run(*arguments, **environment):
 def small_preset(tmp_path_factory):
     """A two-layer random model with the embedded preset's tokenizer, quick to load and compile."""
     from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor
-    from keras_gemma2.checkpoints.hf import save_hugging_face_folder
 
     preprocessor = Gemma2CausalLMPreprocessor.from_preset("gemma2_mini_en")
     backbone = Gemma2Backbone(**{**TINY, "num_layers": 2, "vocabulary_size": 4096})
     folder = tmp_path_factory.mktemp("presets") / "small"
-    save_hugging_face_folder(Gemma2CausalLM(backbone, preprocessor), folder)
+    Gemma2CausalLM(backbone, preprocessor).export_to_transformers(folder, "float16", config_dtype="float32")
     return str(folder)
 
 

@@ -52,6 +52,8 @@ def test_round_trip_and_frozen(tiny):
     "changes, message",
     [
         ({"num_layers": 0}, "`num_layers` must be a positive integer.*num_layers=0"),
+        ({"num_layers": 10**12}, "`num_layers` must be at most 10000"),
+        ({"vocabulary_size": 2**31}, "`vocabulary_size` must be at most 2147483647"),
         ({"hidden_dim": -4}, "`hidden_dim`.*hidden_dim=-4"),
         ({"vocabulary_size": 2.5}, "`vocabulary_size`.*2.5"),
         ({"intermediate_dim": "80"}, "`intermediate_dim`.*'80'"),

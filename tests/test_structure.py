@@ -14,7 +14,7 @@ import keras_gemma2
 PACKAGE = Path(keras_gemma2.__file__).parent
 # Lower layers first; a module may import only from its own layer or lower ones.
 LAYERS = [
-    {"config", "from_preset"},
+    {"config", "errors", "staging", "from_preset"},
     {"backend"},
     {"layers", "inputs", "text_inputs"},
     {"cache"},
@@ -29,6 +29,8 @@ LAYERS = [
     {"__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# Files whose whole subject is a backend library's own format; they import it inside functions.
+EXCEPTIONS = {"checkpoints/gemma_pytorch.py"}
 BACKENDS = {"jax", "tensorflow", "torch", "jaxlib", "tensorflow_text"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -65,7 +67,8 @@ def test_imports_point_one_way(path):
 def test_backend_libraries_are_imported_in_backend_only(path):
     name = path.relative_to(PACKAGE).parts[0]
     if name != "backend":
-        assert not {module.split(".")[0] for module in imports(path, top_level=False)} & BACKENDS
+        top_level = str(path.relative_to(PACKAGE)) in EXCEPTIONS
+        assert not {module.split(".")[0] for module in imports(path, top_level=top_level)} & BACKENDS
 
 
 def test_the_three_backends_offer_the_same_functions():

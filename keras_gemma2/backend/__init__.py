@@ -11,7 +11,10 @@ import keras
 SUPPORTED = ("jax", "tensorflow", "torch")
 FUNCTIONS = (
     "linear",
+    "take_rows",
     "tensor_from_row_blocks",
+    "untouched_tensor",
+    "assign_row_blocks",
     "numpy_row_blocks",
     "write_slots",
     "is_concrete",
@@ -28,7 +31,10 @@ if keras.backend.backend() not in SUPPORTED:
 _module = importlib.import_module(f"keras_gemma2.backend.{keras.backend.backend()}")
 
 linear = _module.linear
+take_rows = _module.take_rows
 tensor_from_row_blocks = _module.tensor_from_row_blocks
+untouched_tensor = _module.untouched_tensor
+assign_row_blocks = _module.assign_row_blocks
 numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
 is_concrete = _module.is_concrete

@@ -12,14 +12,32 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_gemma2.backend.memory import gather_rows
+from keras_gemma2.backend import jax_words
+from keras_gemma2.backend.memory import gather_rows, untouched
 
 
-def linear(x: jax.Array, kernel: jax.Array, float32_output: bool = False) -> jax.Array:
-    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+def linear(x: jax.Array, kernel: Any, dtype: str, float32_output: bool = False) -> jax.Array:
+    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype.
+
+    Args:
+        x: the rows.
+        kernel: a variable or a tensor.
+        dtype: what the kernel is used in.
+        float32_output: whether to return the sums in float32.
+    """
     out_dtype = jnp.float32 if float32_output else x.dtype
+    words = jax_words.words_of(kernel)
+    if words is not None and dtype == "bfloat16":
+        return jax_words.linear_in_blocks(x, words).astype(out_dtype)
+    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
+    kernel = keras.ops.convert_to_tensor(kernel, dtype=dtype)
     return jax.lax.dot_general(x, kernel, contract_last, preferred_element_type=out_dtype)
+
+
+def take_rows(table: Any, indices: jax.Array) -> jax.Array:
+    """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype or a wider one."""
+    words = jax_words.words_of(table)
+    return jnp.take(keras.ops.convert_to_tensor(table), indices, axis=0) if words is None else jax_words.take_rows(words, indices)
 
 
 def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -43,6 +61,18 @@ def numpy_row_blocks(tensor: jax.Array, rows: int) -> Iterator[np.ndarray]:
     """Consecutive blocks of rows as numpy arrays; on CPU they are views."""
     array = np.asarray(tensor)
     return (array[start : start + rows] for start in range(0, array.shape[0], rows))
+
+
+def untouched_tensor(shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """A tensor of whatever was in memory, for a variable that is assigned next; on CPU it takes no memory yet."""
+    if jax.default_backend() == "cpu":
+        return jax.device_put(untouched(shape, jnp.dtype(dtype)), jax.devices("cpu")[0])
+    return jnp.empty(shape, dtype)
+
+
+def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) -> None:
+    """Replaces a variable's value by consecutive blocks of rows."""
+    variable.assign(tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -70,13 +100,14 @@ def no_gradients() -> contextlib.AbstractContextManager:
 def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
     """Compiles `function(donated, *args)`, which reads `variables`; the first argument's buffers are reused for outputs."""
 
-    def stateless(values: list[jax.Array], donated: Any, *args: Any) -> Any:
-        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+    def stateless(arrays: list[jax.Array], donated: Any, *args: Any) -> Any:
+        values = [jax_words.as_value(array, variable.dtype) for array, variable in zip(arrays, variables)]
+        with jax_words.words_scope(variables, arrays), keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return function(donated, *args)
 
     compiled = jax.jit(stateless, donate_argnums=1)
 
     def call(donated: Any, *args: Any) -> Any:
-        return compiled([variable.value for variable in variables], donated, *args)
+        return compiled([jax_words.as_words(variable.value) for variable in variables], donated, *args)
 
     return call

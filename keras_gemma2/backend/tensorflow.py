@@ -10,17 +10,61 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gemma2.backend.memory import gather_rows
+from keras_gemma2.backend.memory import gather_rows, untouched
+
+ELEMENTS_A_BLOCK = 1 << 19  # of a kernel widened at a time; it stays in cache
 
 
-def linear(x: tf.Tensor, kernel: tf.Tensor, float32_output: bool = False) -> tf.Tensor:
-    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
+def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) -> tf.Tensor:
+    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype.
+
+    Args:
+        x: the rows.
+        kernel: a variable or a tensor.
+        dtype: what the kernel is used in.
+        float32_output: whether to return the sums in float32.
+    """
+    kernel = keras.ops.convert_to_tensor(kernel, dtype=dtype)
     # One large product of rows: a batched matmul with a shared right side would broadcast the kernel.
     rows = tf.reshape(x, (-1, kernel.shape[1]))
-    out = tf.matmul(rows, kernel, transpose_b=True)
+    if kernel.dtype == tf.bfloat16 and not tf.config.list_logical_devices("GPU"):
+        out = _linear_in_blocks(rows, kernel)
+    else:
+        out = tf.matmul(rows, kernel, transpose_b=True)
     out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [kernel.shape[0]]], axis=0))
     out.set_shape(x.shape[:-1].concatenate(kernel.shape[0]))
-    return tf.cast(out, tf.float32) if float32_output else out
+    return tf.cast(out, tf.float32 if float32_output else x.dtype)
+
+
+@tf.custom_gradient
+def _linear_in_blocks(rows: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+    """The product in float32, a block of the bfloat16 kernel's rows at a time.
+
+    TensorFlow's own bfloat16 product on CPUs without such instructions is 20 times slower than its float32 product, and widening
+    the kernel as a whole would take twice its memory; so would recording the blocks for the gradient.
+    """
+    wide, step = tf.cast(rows, tf.float32), max(1, ELEMENTS_A_BLOCK // kernel.shape[1])
+    count = -(-kernel.shape[0] // step)
+
+    def add_block(i: tf.Tensor, products: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+        block = tf.cast(kernel[i * step : (i + 1) * step], tf.float32)
+        return i + 1, products.write(i, tf.matmul(block, wide, transpose_b=True))
+
+    products = tf.TensorArray(tf.float32, count, infer_shape=False, element_shape=(None, rows.shape[0]))
+    _, products = tf.while_loop(lambda i, _: i < count, add_block, (0, products), parallel_iterations=1)
+    out = tf.transpose(products.concat())
+
+    def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        upstream = tf.cast(upstream, kernel.dtype)
+        to_rows = tf.matmul(upstream, kernel)
+        return tf.cast(to_rows, rows.dtype), tf.matmul(upstream, tf.cast(rows, kernel.dtype), transpose_a=True)
+
+    return out, gradients
+
+
+def take_rows(table: Any, indices: tf.Tensor) -> tf.Tensor:
+    """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype."""
+    return keras.ops.take(table, indices, axis=0)
 
 
 def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> tf.Tensor:
@@ -29,11 +73,24 @@ def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...],
     The rows are gathered in one aligned array, whose memory TensorFlow takes over by DLPack. numpy has no DLPack for
     bfloat16; the same bits as uint16 have.
     """
-    dtype = tf.as_dtype(dtype)
-    array = gather_rows(blocks, shape, dtype.as_numpy_dtype)
-    if dtype != tf.bfloat16:
+    return _adopt(gather_rows(blocks, shape, tf.as_dtype(dtype).as_numpy_dtype))
+
+
+def _adopt(array: np.ndarray) -> tf.Tensor:
+    """An aligned array as a tensor of the same memory."""
+    if array.dtype.name != "bfloat16":
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
-    return tf.bitcast(tf.experimental.dlpack.from_dlpack(array.view(np.uint16).__dlpack__()), dtype)
+    return tf.bitcast(tf.experimental.dlpack.from_dlpack(array.view(np.uint16).__dlpack__()), tf.bfloat16)
+
+
+def untouched_tensor(shape: tuple[int, ...], dtype: str) -> tf.Tensor:
+    """A tensor of whatever was in memory, for a variable that is assigned next; it takes no memory yet."""
+    return _adopt(untouched(shape, tf.as_dtype(dtype).as_numpy_dtype))
+
+
+def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) -> None:
+    """Replaces a variable's value by consecutive blocks of rows."""
+    variable.assign(tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype))
 
 
 def numpy_row_blocks(tensor: tf.Tensor, rows: int) -> Iterator[np.ndarray]:

@@ -12,20 +12,50 @@ import numpy as np
 import torch
 from keras.src.backend.torch.core import get_device, to_torch_dtype
 
+from keras_gemma2.backend.memory import gather_rows
 
-def linear(x: torch.Tensor, kernel: torch.Tensor, float32_output: bool = False) -> torch.Tensor:
-    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype."""
-    out = torch.nn.functional.linear(x, kernel)
+
+def linear(x: torch.Tensor, kernel: Any, dtype: str, float32_output: bool = False) -> torch.Tensor:
+    """`x [..., in]` times `kernel [out, in]` transposed: `[..., out]`, in float32 if asked for, else in x's dtype.
+
+    Args:
+        x: the rows.
+        kernel: a variable or a tensor.
+        dtype: what the kernel is used in.
+        float32_output: whether to return the sums in float32.
+    """
+    out = torch.nn.functional.linear(x, keras.ops.convert_to_tensor(kernel, dtype=dtype))
     return out.float() if float32_output else out
 
 
+def take_rows(table: Any, indices: torch.Tensor) -> torch.Tensor:
+    """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype."""
+    return keras.ops.take(table, indices, axis=0)
+
+
 def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """A tensor filled with consecutive blocks of rows, so that host memory holds one block at a time."""
+    """A tensor filled with consecutive blocks of rows, so that beside it only one block is in memory."""
+    if get_device() == "cpu":
+        return _from_numpy(gather_rows(blocks, shape, _numpy_dtype(dtype)))
     buffer, start = torch.empty(shape, dtype=to_torch_dtype(dtype), device=get_device()), 0
     for block in blocks:
         buffer[start : start + block.shape[0]].copy_(_from_numpy(block))
         start += block.shape[0]
     return buffer
+
+
+def untouched_tensor(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """A tensor of whatever was in memory, for a variable that is assigned next."""
+    return torch.empty(shape, dtype=to_torch_dtype(dtype), device=get_device())
+
+
+def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) -> None:
+    """Replaces a variable's value by consecutive blocks of rows; its old memory goes, where `assign` would copy into it."""
+    variable.value.data = tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype)
+
+
+def _numpy_dtype(dtype: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def numpy_row_blocks(tensor: torch.Tensor, rows: int) -> Iterator[np.ndarray]:

@@ -1,10 +1,10 @@
-"""The program `python -m keras_gemma2.benchmarks build`."""
+"""The program `python -m keras_gemma2.benchmarks build | load`."""
 
 from __future__ import annotations
 
 import argparse
 
-from keras_gemma2.benchmarks import build
+from keras_gemma2.benchmarks import build, load
 
 
 def main() -> None:
@@ -12,6 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m keras_gemma2.benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     build.add_command(commands)
+    load.add_command(commands)
     options = parser.parse_args()
     options.run(options)
 

@@ -1,7 +1,6 @@
 """Time and peak memory of building a randomly initialized backbone, ours beside keras-hub's.
 
-Gemma 2 2B's widths with few layers, so that it fits a small machine. Each figure comes from a fresh process: a peak is the
-process's own, and nothing that ran before it counts.
+Gemma 2 2B's widths with few layers, so that it fits a small machine. Each figure comes from a fresh process.
 """
 
 from __future__ import annotations
@@ -9,21 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from typing import Any
 
-BACKENDS = ("jax", "tensorflow", "torch")
-WIDTHS_2B = {
-    "vocabulary_size": 256000,
-    "num_query_heads": 8,
-    "num_key_value_heads": 4,
-    "hidden_dim": 2304,
-    "intermediate_dim": 9216,
-    "head_dim": 256,
-}
+from keras_gemma2.benchmarks.processes import BACKENDS, WIDTHS_2B, in_fresh_process, peak_bytes, resident_bytes
 
 
 def add_command(commands: Any) -> None:
@@ -47,23 +35,15 @@ def run(options: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for backend in options.backend or BACKENDS:
         for who in ("ours", "keras_hub") if options.peer else ("ours",):
-            row = _in_fresh_process(who, backend, options)
+            row = in_fresh_process(
+                "build", backend, "--child", who, "--layers", str(options.layers), "--dtype", options.dtype
+            )
             ratio = row["peak"] / row["weights"]
             print(
                 f"| {who} | {backend} | {row['weights'] / 1e9:.2f} | {row['peak'] / 1e9:.2f} | {ratio:.2f} "
                 f"| {row['seconds']:.1f} |",
                 flush=True,
             )
-
-
-def _in_fresh_process(who: str, backend: str, options: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, "-m", "keras_gemma2.benchmarks", "build", "--child", who]
-    command += ["--layers", str(options.layers), "--dtype", options.dtype]
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"{who} on {backend} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(who: str, layers: int, dtype: str) -> dict[str, float]:
@@ -110,21 +90,3 @@ def _keras_hub() -> Any:
         )
 
     return build
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now (Linux)."""
-    return _status("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Highest resident memory of this process so far (Linux)."""
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith(key):
-                return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {key}; this measurement needs Linux.")

@@ -1,12 +1,10 @@
-"""Reading Hugging Face folders of Gemma 2: `config.json`, safetensors, `tokenizer.model`."""
+"""Reading Hugging Face folders of Gemma 2: `config.json`, safetensors, `tokenizer.model` or `tokenizer.json`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from keras_gemma2.checkpoints.hf_config import (
     config_from_hugging_face,
@@ -29,6 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.model"
+TOKENIZER_JSON_FILE = "tokenizer.json"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -62,12 +61,17 @@ def open_tensors(source: Source, config: Gemma2Config, stack: contextlib.ExitSta
 
 
 def vocabulary(source: Source) -> bytes | None:
-    """The bytes of tokenizer.model."""
+    """The bytes of tokenizer.model, or of a model made of tokenizer.json, which transformers 5 saves alone."""
     path = find_file(source.path, TOKENIZER_FILE)
+    if path is not None:
+        with open(path, "rb") as file:
+            return file.read()
+    path = find_file(source.path, TOKENIZER_JSON_FILE)
     if path is None:
         return None
-    with open(path, "rb") as file:
-        return file.read()
+    from keras_gemma2.checkpoints.tokenizer_json import from_tokenizer_json
+
+    return from_tokenizer_json(read_json(path), path)
 
 
 def _open_files(folder: str, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -102,6 +106,8 @@ def _name(value: Any) -> str:
 
 
 def _check_tied_head(tensors: dict[str, Any], folder: str) -> None:
+    import numpy as np
+
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
     if tuple(head.shape) != tuple(embedding.shape) or not all(np.array_equal(a, b) for a, b in zip(_rows(head), _rows(embedding))):
         raise CheckpointError(
@@ -110,7 +116,7 @@ def _check_tied_head(tensors: dict[str, Any], folder: str) -> None:
         )
 
 
-def _rows(tensor: Any) -> Iterator[np.ndarray]:
+def _rows(tensor: Any) -> Iterator[Any]:
     from keras_gemma2.checkpoints.layout import layout
 
     return layout("a b -> a b").row_blocks(tensor)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-ELEMENTS_A_BLOCK = 1 << 20  # a block stays in the processor's cache between being read, checked and copied
+ELEMENTS_A_BLOCK = 1 << 19  # a block stays in the processor's cache between being read, checked and copied
 
 
 class Tensor(Protocol):

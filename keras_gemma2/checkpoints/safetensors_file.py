@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -108,12 +108,17 @@ def _tensor(descriptor: int, path: str, name: str, entry: Mapping[str, Any], sta
     return SafetensorsTensor(descriptor, path, start + first, shape, dtype)
 
 
-def write_safetensors(path: str, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]]) -> None:
+def write_safetensors(
+    path: str,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype, Iterator[np.ndarray]]],
+    progress: Callable[[int], Any] | None = None,
+) -> None:
     """Writes a file tensor by tensor, in blocks of rows.
 
     Args:
         path: the file; it must not exist yet.
         tensors: by name, the shape, the dtype and consecutive rows already in that dtype.
+        progress: called with the number of bytes just written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -127,3 +132,5 @@ def write_safetensors(path: str, tensors: Mapping[str, tuple[tuple[int, ...], np
         for _, _, blocks in tensors.values():
             for block in blocks:
                 file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+                if progress is not None:
+                    progress(block.nbytes)

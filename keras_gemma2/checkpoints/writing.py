@@ -29,6 +29,7 @@ class OutgoingWeights:
         config: the model's.
         dtype: what they are to be stored in.
         row_blocks: from one of our paths to consecutive rows of that weight, in any float dtype.
+        policy: the dtype that readers load them in unless told otherwise; None for `dtype`.
 
     Example:
         >>> weights = outgoing_from_backbone(lm.backbone, "bfloat16")
@@ -39,6 +40,12 @@ class OutgoingWeights:
     config: Gemma2Config
     dtype: np.dtype
     row_blocks: Callable[[str], Iterator[np.ndarray]]
+    policy: str | None = None
+
+    @property
+    def load_dtype(self) -> str:
+        """What a written config says the weights are to be loaded in."""
+        return self.policy or self.dtype.name
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -106,9 +113,15 @@ def outgoing_from_backbone(backbone: Any, dtype: str | None = None) -> OutgoingW
     return OutgoingWeights(backbone.config, stored(dtype or backbone.dtype_policy.variable_dtype), row_blocks)
 
 
-def outgoing_from_entries(entries: dict[str, Any], config: Gemma2Config, dtype: str | None = None) -> OutgoingWeights:
-    """The weights of an opened checkpoint (`reading.open_weights`), in its own dtype unless another is asked for."""
-    from keras_gemma2.checkpoints.reading import stored_dtype
+def outgoing_from_entries(
+    entries: dict[str, Any], config: Gemma2Config, dtype: str, policy: str | None = None
+) -> OutgoingWeights:
+    """The weights of an opened checkpoint (`reading.open_weights`).
 
-    name = dtype or stored_dtype(entries)
-    return OutgoingWeights(config, stored(name if name in STORED_DTYPES else "float32"), lambda path: entries[path].row_blocks())
+    Args:
+        entries: its weights by our paths.
+        config: the model's.
+        dtype: what to store them in.
+        policy: the dtype that readers load them in; None for `dtype`.
+    """
+    return OutgoingWeights(config, stored(dtype), lambda path: entries[path].row_blocks(), policy)

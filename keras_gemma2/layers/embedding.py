@@ -69,7 +69,7 @@ class TiedEmbedding(keras.layers.Layer):
 
     def _embed(self, token_ids: Any) -> Any:
         known = ops.logical_and(token_ids >= 0, token_ids < self.vocabulary_size)
-        rows = ops.take(self.embeddings, ops.where(known, token_ids, 0), axis=0)
+        rows = backend.take_rows(self.embeddings, ops.where(known, token_ids, 0))
         dtype = self.stream_dtype
         scale = ops.cast(ops.cast(math.sqrt(self.hidden_dim), self.compute_dtype), dtype)
         scale = ops.where(known, scale, ops.cast(float("nan"), dtype))
@@ -77,8 +77,8 @@ class TiedEmbedding(keras.layers.Layer):
 
     def _logits(self, hidden: Any) -> Any:
         # The product accumulates and stays in float32: a cap of 30 in bfloat16 leaves steps of 1/8 near the top.
-        kernel = ops.convert_to_tensor(self.embeddings, dtype=self.compute_dtype)
-        logits = backend.linear(ops.cast(hidden, self.compute_dtype), kernel, float32_output=True)
+        hidden = ops.cast(hidden, self.compute_dtype)
+        logits = backend.linear(hidden, self.embeddings, self.compute_dtype, float32_output=True)
         return soft_cap(logits, self.logit_soft_cap)
 
     def compute_output_spec(self, inputs: Any, reverse: bool = False) -> keras.KerasTensor:

@@ -51,7 +51,7 @@ class FanInNormal(keras.initializers.Initializer):
         shape = tuple(shape)
         dtype = keras.backend.standardize_dtype(dtype)
         if _SKIP_RANDOM.get():
-            return backend.tensor_from_row_blocks((), shape, dtype)
+            return backend.untouched_tensor(shape, dtype)
         return backend.tensor_from_row_blocks(self._blocks(shape), shape, dtype)
 
     def _blocks(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

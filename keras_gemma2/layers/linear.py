@@ -39,7 +39,7 @@ class Linear(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs: Any) -> Any:
-        return saturate(backend.linear(inputs, keras.ops.convert_to_tensor(self.kernel, dtype=self.compute_dtype)))
+        return saturate(backend.linear(inputs, self.kernel, self.compute_dtype))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.units)

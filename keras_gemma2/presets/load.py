@@ -79,8 +79,8 @@ def _backbone(cls: type, source: Source, load_weights: bool, kwargs: dict[str, A
     return backbone
 
 
-def _tokenizer(cls: type, source: Source, kwargs: dict[str, Any]) -> Gemma2Tokenizer:
-    proto = reading.vocabulary(source)
+def _tokenizer(cls: type, source: Source, kwargs: dict[str, Any], proto: bytes | None = None) -> Gemma2Tokenizer:
+    proto = proto or reading.vocabulary(source)
     if proto is None:
         where = f"{source.path!r} has no tokenizer" if source.path else "its files are not part of this package"
         raise CheckpointError(
@@ -100,8 +100,10 @@ def _preprocessor(cls: type, source: Source, kwargs: dict[str, Any]) -> Gemma2Ca
 def _optional_preprocessor(cls: type, source: Source) -> Gemma2CausalLMPreprocessor | None:
     if source.kind == KERAS and find_file(source.path, "preprocessor.json"):
         return cls.preprocessor_cls.from_preset(source.path)
-    if source.path is not None and reading.vocabulary(source) is not None:
-        return _preprocessor(cls.preprocessor_cls, source, {})
+    proto = reading.vocabulary(source)  # read once: rebuilding a vocabulary of 256,000 pieces takes a second
+    if proto is not None:
+        preprocessor = cls.preprocessor_cls
+        return _preprocessor(preprocessor, source, {"tokenizer": _tokenizer(preprocessor.tokenizer_cls, source, {}, proto)})
     warnings.warn(
         f"The preset {source.name!r} has no tokenizer: the model is loaded without a preprocessor and works on token "
         "ids alone. Pass `preprocessor=` to work on text.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 
-from keras_gemma2.checkpoints.reading import find_source
+from keras_gemma2.checkpoints.formats import find_source
 from keras_gemma2.checkpoints.source import SIZE_ONLY, Source
 from keras_gemma2.config import NAMED_SIZES
 from keras_gemma2.errors import CheckpointError
