@@ -169,8 +169,8 @@ def through_norm(norm: Any, x: Any, rms: dict[str, list]) -> Any:
 
 def collect_logits(embedding: Any, hidden: Any) -> Capped:
     """The logits `[T, V]`; the embedding itself gives them after the cap only, so its product is repeated here."""
-    table = ops.convert_to_tensor(embedding.embeddings, dtype=embedding.compute_dtype)
-    before = backend.linear(ops.cast(hidden, embedding.compute_dtype), table, float32_output=True)
+    dtype = embedding.compute_dtype
+    before = backend.linear(ops.cast(hidden, dtype), embedding.embeddings, dtype, float32_output=True)
     after = soft_cap(before, embedding.logit_soft_cap)
     check_equal("logits", after, embedding(hidden, reverse=True))
     return Capped(to_numpy(before)[0], to_numpy(after)[0], embedding.logit_soft_cap)

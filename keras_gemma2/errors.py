@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 2000  # characters
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written as asked; the message names the file or key, and the mend.
@@ -12,6 +14,12 @@ class CheckpointError(ValueError):
         ... except CheckpointError as error:
         ...     print(error)
     """
+
+    def __init__(self, message: str) -> None:
+        # What stands in a damaged file, and so in a message about it, can be of any length.
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} [...] {message[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(message)
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):

@@ -338,7 +338,7 @@ def test_keras_hub_still_picks_its_own_class_for_its_own_presets(tmp_path):
     assert type(loaded) is keras_hub.models.GemmaCausalLM
     assert type(keras_hub.models.Backbone.from_preset(str(tmp_path / "theirs"))) is keras_hub.models.GemmaBackbone
     assert not set(keras_gemma2.preset_names()[:1]) & set(keras_hub.models.GemmaBackbone.presets)
-    with pytest.raises(ValueError, match="keras_hub>GemmaBackbone"):
+    with pytest.raises(ValueError, match="is a Gemma 1"):
         Gemma2CausalLM.from_preset(tmp_path / "theirs")
 
 
@@ -446,12 +446,10 @@ def test_from_preset_of_each_class(cls):
         cls.from_preset("gemma2_2b_em")
     with pytest.raises(TypeError, match="`preset`.*3"):
         cls.from_preset(3)
-    with pytest.raises(ValueError, match="gemma2_2b_en"):
-        cls.from_preset("gemma2_2b_en")
 
 
 def test_a_folder_without_tokenizer_warns():
-    with pytest.warns(UserWarning, match="no tokenizer.model"):
+    with pytest.warns(UserWarning, match="no tokenizer"):
         assert Gemma2CausalLM.from_preset(hugging_face_folder()[0]).preprocessor is None
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_gemma2 import Gemma2Config
+from keras_gemma2 import Gemma2Config, backend
 from keras_gemma2.layers import (
     AttentionMask,
     DecoderBlock,
@@ -270,3 +270,53 @@ def test_initializer_follows_the_global_seed():
     first, second = draw(), draw()
     np.testing.assert_array_equal(first, second)
     assert np.abs(first[0] - first[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("units, width", [(7, 5), (1000, 2304)])  # the second in several blocks of rows and a rest
+def test_bfloat16_products_in_compiled_code(units, width):
+    """On CPUs the kernel is widened block by block there, and must give the float64 product."""
+    layer = Linear(units, dtype="bfloat16")
+    layer.build((None, width))
+    x = ops.cast(keras.random.normal((2, 3, width), seed=5), "bfloat16")
+    run = backend.compile_function(lambda donated, x: layer(x), layer.variables)
+    kernel, rows = (ops.convert_to_numpy(ops.cast(value, "float32")).astype("float64") for value in (layer.kernel, x))
+    for factor in (1.0, -2.0):  # an assignment in between is seen
+        layer.kernel.assign(layer.kernel * (1.0 if factor == 1.0 else -2.0))
+        out = ops.convert_to_numpy(ops.cast(run((), x), "float32"))
+        expected = rows @ (factor * kernel).T
+        # Sums are in float32; the result is rounded to 8 bits of mantissa.
+        assert np.abs(out - expected).max() <= 2**-8 * np.abs(expected).max()
+
+
+def gradients(loss, *values):
+    """The gradients of `loss(*values)`, by the running backend."""
+    name = keras.backend.backend()
+    if name == "jax":
+        import jax
+
+        return jax.grad(loss, argnums=tuple(range(len(values))))(*values)
+    if name == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            result = loss(*values)
+        return tape.gradient(result, values)
+    values = [value.detach().requires_grad_() for value in values]
+    loss(*values).backward()
+    return [value.grad for value in values]
+
+
+def test_gradients_of_bfloat16_products():
+    """TensorFlow's product in blocks has a gradient of its own."""
+    upstream = normal(3, 1000, seed=1)
+    x, kernel = (ops.cast(normal(*shape, seed=shape[0]), "bfloat16") for shape in ((3, 2304), (1000, 2304)))
+
+    def loss(x, kernel):
+        return ops.sum(backend.linear(x, kernel, "bfloat16", float32_output=True) * ops.convert_to_tensor(upstream))
+
+    ours = [array(ops.cast(value, "float32")) for value in gradients(loss, x, kernel)]
+    rows, weights = (array(ops.cast(value, "float32")).astype("float64") for value in (x, kernel))
+    for gradient, expected in zip(ours, (upstream @ weights, upstream.T @ rows)):
+        # The upstream gradient and the result are rounded to 8 bits of mantissa.
+        assert np.abs(gradient - expected).max() <= 2**-6 * np.abs(expected).max()

@@ -24,7 +24,7 @@ def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) 
         dtype: what the kernel is used in.
         float32_output: whether to return the sums in float32.
     """
-    kernel = keras.ops.convert_to_tensor(kernel, dtype=dtype)
+    kernel = tf.convert_to_tensor(keras.ops.convert_to_tensor(kernel, dtype=dtype))  # Keras leaves a variable one
     # One large product of rows: a batched matmul with a shared right side would broadcast the kernel.
     rows = tf.reshape(x, (-1, kernel.shape[1]))
     if kernel.dtype == tf.bfloat16 and not tf.config.list_logical_devices("GPU"):

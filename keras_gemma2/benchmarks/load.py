@@ -131,10 +131,11 @@ def _ours() -> Callable[[str, str | None], Any]:
     import keras
 
     from keras_gemma2 import Gemma2CausalLM
+    from keras_gemma2.checkpoints import hf, safetensors_file, weight_map
+    from keras_gemma2.presets import load
 
-    import keras_gemma2.presets.load  # what from_preset imports on first use belongs to the imports
-
-    keras.ops.zeros(1)  # so does the backend's own start-up
+    keras.ops.zeros(1)  # the backend's own start-up belongs to the imports, and so does what from_preset imports on first use
+    del hf, safetensors_file, weight_map, load
     return lambda folder, dtype: Gemma2CausalLM.from_preset(folder, dtype=dtype, preprocessor=None)
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 
-from keras_gemma2.checkpoints.source import FLAX, GEMMA_PYTORCH, GGUF, HUGGING_FACE, KERAS, KERAS_HUB, Source
+from keras_gemma2.checkpoints.source import (
+    CONFIG_FILE,
+    FLAX,
+    GEMMA_PYTORCH,
+    GGUF,
+    HUGGING_FACE,
+    KERAS,
+    KERAS_HUB,
+    Source,
+    find_file,
+)
 from keras_gemma2.errors import CheckpointError
 
 # The modules that read each kind, in the order in which they are asked. Each has
@@ -47,7 +57,15 @@ def find_source(name: str, path: str) -> Source:
         held = sorted(os.listdir(path))[:10]
     except OSError as error:
         raise CheckpointError(f"The folder {path!r} cannot be read: {error}.") from error
-    raise CheckpointError(f"The folder {path!r} is no preset: it has no config.json and no other checkpoint. It holds: {held}.")
+    if find_file(path, CONFIG_FILE):
+        raise CheckpointError(
+            f"The {CONFIG_FILE} in the folder {path!r} is none of a model that this package reads: it has neither a 'model_type' "
+            "(Hugging Face) nor the 'registered_name' of a Gemma 2 (Keras). Download it again."
+        )
+    raise CheckpointError(
+        f"The folder {path!r} is no preset: it has no {CONFIG_FILE} and no other checkpoint. It holds: {held}. "
+        "Pass the folder with the model's files in it, or download them."
+    )
 
 
 def vocabulary(source: Source) -> bytes | None:

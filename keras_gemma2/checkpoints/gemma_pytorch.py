@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_gemma2.checkpoints.source import GEMMA_PYTORCH, HUGGING_FACE, Source, file_inside, find_file, read_json
-from keras_gemma2.checkpoints.torch_zip import is_mappable, memory_maps
+from keras_gemma2.checkpoints.torch_zip import BoundedFile, is_mappable, memory_maps
 from keras_gemma2.checkpoints.without_config import (
     file_names,
     folder_of,
@@ -205,7 +205,10 @@ def _load(path: str) -> tuple[Any, bool]:
         raise CheckpointError(f"{path} is a PyTorch checkpoint, and reading it needs torch: pip install torch.") from error
     mapped = is_mappable(path)
     try:
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True), mapped
+        if mapped:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True), True
+        with BoundedFile(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True), False
     except Exception as error:  # torch's unpickler raises whatever a hostile pickle makes it stumble over
         reason = str(error).partition("\n")[0][:300]
         raise CheckpointError(

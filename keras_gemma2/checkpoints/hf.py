@@ -12,6 +12,7 @@ from keras_gemma2.checkpoints.hf_config import (
     is_hugging_face_config,
     stop_token_ids_from_hugging_face,
 )
+from keras_gemma2.checkpoints.sentencepiece_model import read_model
 from keras_gemma2.checkpoints.source import (
     CONFIG_FILE,
     HUGGING_FACE,
@@ -42,10 +43,15 @@ def read_source(name: str, path: str) -> Source | None:
         return None
     try:
         parsed, dtype = config_from_hugging_face(values), dtype_from_hugging_face(values)
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{config}: {error}") from error
     generation = find_file(path, GENERATION_FILE)
-    stop = stop_token_ids_from_hugging_face(values, {} if generation is None else read_json(generation))
+    try:
+        stop = stop_token_ids_from_hugging_face(values, {} if generation is None else read_json(generation))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{generation or config}: {error}") from error
     return Source(name, HUGGING_FACE, parsed, path, values, dtype, stop)
 
 
@@ -64,8 +70,7 @@ def vocabulary(source: Source) -> bytes | None:
     """The bytes of tokenizer.model, or of a model made of tokenizer.json, which transformers 5 saves alone."""
     path = find_file(source.path, TOKENIZER_FILE)
     if path is not None:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_model(path)
     path = find_file(source.path, TOKENIZER_JSON_FILE)
     if path is None:
         return None
@@ -106,14 +111,18 @@ def _name(value: Any) -> str:
 
 
 def _check_tied_head(tensors: dict[str, Any], folder: str) -> None:
-    import numpy as np
-
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
-    if tuple(head.shape) != tuple(embedding.shape) or not all(np.array_equal(a, b) for a, b in zip(_rows(head), _rows(embedding))):
+    if len(head.shape) != 2 or tuple(head.shape) != tuple(embedding.shape) or not _equal(head, embedding):
         raise CheckpointError(
             f"{HEAD!r} of {folder} differs from the embedding. Gemma 2 ties the two; a model trained with an untied head "
             "cannot be loaded."
         )
+
+
+def _equal(head: Any, embedding: Any) -> bool:
+    import numpy as np
+
+    return all(np.array_equal(a, b) for a, b in zip(_rows(head), _rows(embedding)))
 
 
 def _rows(tensor: Any) -> Iterator[Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from keras_gemma2.checkpoints.source import shown
 from keras_gemma2.config import GLOBAL, LOCAL, Gemma2Config
 
 LAYER_TYPE_NAMES = {"sliding_attention": LOCAL, "full_attention": GLOBAL}
 ACTIVATION = "gelu_pytorch_tanh"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # Our name, theirs, and the value transformers' Gemma2Config fills in where a file leaves the key out.
 _FIELDS = (
@@ -43,10 +47,14 @@ def config_from_hugging_face(values: Mapping[str, Any]) -> Gemma2Config:
     ours = {name: values.get(theirs, default) for name, theirs, default in _FIELDS}
     ours["rope_max_wavelength"] = _rope_theta(values)
     ours["layer_types"] = _layer_types(values.get("layer_types"))
-    if ours["sliding_window_size"] is None:  # "no window": every layer is global
+    no_window = ours["sliding_window_size"] is None  # every layer is global
+    if no_window:
         ours["sliding_window_size"] = ours["max_sequence_length"]
-        ours["layer_types"] = [GLOBAL] * ours["num_layers"]
-    return Gemma2Config(**ours)
+    try:
+        config = Gemma2Config(**ours)
+    except ValueError as error:
+        raise ValueError(_in_their_words(str(error))) from error
+    return dataclasses.replace(config, layer_types=(GLOBAL,) * config.num_layers) if no_window else config
 
 
 def config_to_hugging_face(config: Gemma2Config, dtype: str) -> dict[str, Any]:
@@ -77,25 +85,46 @@ def config_to_hugging_face(config: Gemma2Config, dtype: str) -> dict[str, Any]:
 
 
 def dtype_from_hugging_face(values: Mapping[str, Any]) -> str | None:
-    """The dtype a `config.json` asks for, or None."""
-    return values.get("dtype") or values.get("torch_dtype")
+    """The dtype a `config.json` asks for, or None.
+
+    Raises:
+        ValueError: if no weights are of that dtype.
+    """
+    key = "dtype" if values.get("dtype") else "torch_dtype"
+    dtype = values.get(key)
+    if dtype is None:
+        return None
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    if name not in DTYPES:
+        raise ValueError(f"`{key}` must be one of {', '.join(DTYPES)}. Received: {shown(dtype)}.")
+    return name
 
 
 def stop_token_ids_from_hugging_face(values: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Where generation stops: `eos_token_id` of the generation config, or else of the config; an id or a list of ids."""
-    ids = generation.get("eos_token_id", values.get("eos_token_id"))
-    ids = ids if isinstance(ids, list) else [ids]
-    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+    """Where generation stops: `eos_token_id` of the generation config, or else of the config; an id or a list of ids.
+
+    Ids that no token has are passed over (some files say -1 for "none").
+
+    Raises:
+        ValueError: if it is something else than integers.
+    """
+    stated = generation.get("eos_token_id", values.get("eos_token_id"))
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"`eos_token_id` must be a token id or a list of them. Received: {shown(stated)}.")
+    size = values.get("vocab_size", dict((theirs, default) for _, theirs, default in _FIELDS)["vocab_size"])
+    return tuple(i for i in ids if 0 <= i < size)
 
 
 def _refuse_other_models(values: Mapping[str, Any]) -> None:
     if values.get("model_type") != "gemma2":
         raise ValueError(
-            f"`config.json` must describe a Gemma 2 model (model_type 'gemma2'). Received: model_type={values.get('model_type')!r}."
+            "`config.json` must describe a Gemma 2 model (model_type 'gemma2'). Received: "
+            f"model_type={shown(values.get('model_type'))}."
         )
     activation = values.get("hidden_activation") or values.get("hidden_act") or ACTIVATION
     if activation != ACTIVATION:
-        raise ValueError(f"`hidden_activation` must be {ACTIVATION!r} for Gemma 2. Received: {activation!r}.")
+        raise ValueError(f"`hidden_activation` must be {ACTIVATION!r} for Gemma 2. Received: {shown(activation)}.")
     if values.get("attention_bias"):
         raise ValueError("`attention_bias` must be false for Gemma 2: its projections have no biases. Received: true.")
     if not values.get("tie_word_embeddings", True):
@@ -104,16 +133,27 @@ def _refuse_other_models(values: Mapping[str, Any]) -> None:
 
 def _rope_theta(values: Mapping[str, Any]) -> float:
     parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"`rope_parameters` and `rope_scaling` must be objects or null. Received: {shown(parameters)}.")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"`rope_type` must be 'default' for Gemma 2. Received: {kind!r}.")
-    return float(parameters.get("rope_theta", values.get("rope_theta", 10000.0)))
+        raise ValueError(f"`rope_type` must be 'default' for Gemma 2. Received: {shown(kind)}.")
+    theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
+    return float(theta) if type(theta) is int and abs(theta) < 2**53 else theta  # what else it may be, the config refuses
 
 
 def _layer_types(names: list[str] | None) -> list[str] | None:
     if names is None:
         return None
-    unknown = sorted(set(names) - set(LAYER_TYPE_NAMES))
+    if not isinstance(names, list):
+        raise ValueError(f"`layer_types` must be a list. Received: {shown(names)}.")
+    unknown = [name for name in names if not isinstance(name, str) or name not in LAYER_TYPE_NAMES]
     if unknown:
-        raise ValueError(f"`layer_types` entries must be among {list(LAYER_TYPE_NAMES)}. Received: {unknown}.")
+        raise ValueError(f"`layer_types` entries must be among {list(LAYER_TYPE_NAMES)}. Received: {shown(unknown[0])}.")
     return [LAYER_TYPE_NAMES[name] for name in names]
+
+
+def _in_their_words(message: str) -> str:
+    """A message about our config with the names that the keys have in the file."""
+    theirs = {"rope_max_wavelength": "rope_theta", **{ours: name for ours, name, _ in _FIELDS}}
+    return re.sub("|".join(rf"\b{ours}\b" for ours in theirs), lambda found: theirs[found[0]], message)

@@ -12,7 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from keras_gemma2.checkpoints.keras_objects import VOCABULARY_FILE, Classes, policy_name, quantization_modes, write_json_files
+from keras_gemma2.checkpoints.keras_objects import (
+    VOCABULARY_FILE,
+    Classes,
+    policy_name,
+    quantization_modes,
+    saved_preprocessor,
+    write_json_files,
+)
+from keras_gemma2.checkpoints.sentencepiece_model import read_model
 from keras_gemma2.checkpoints.source import CONFIG_FILE, KERAS_HUB, Source, find_file, read_json
 from keras_gemma2.config import GLOBAL, LOCAL, Gemma2Config
 from keras_gemma2.errors import CheckpointError
@@ -83,7 +91,8 @@ def read_source(name: str, path: str) -> Source | None:
         config = _config(arguments)
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return Source(name, KERAS_HUB, config, path, values, policy_name(arguments.get("dtype"), file))
+    policy = policy_name(arguments.get("dtype"), file)
+    return Source(name, KERAS_HUB, config, path, values, policy, preprocessor=saved_preprocessor(path))
 
 
 def open_tensors(source: Source, config: Gemma2Config, stack: contextlib.ExitStack) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,10 +108,7 @@ def open_tensors(source: Source, config: Gemma2Config, stack: contextlib.ExitSta
 def vocabulary(source: Source) -> bytes | None:
     """The bytes of the tokenizer's asset."""
     path = find_file(source.path, VOCABULARY_FILE)
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return file.read()
+    return None if path is None else read_model(path)
 
 
 def _keras_hub_class(values: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from keras_gemma2.checkpoints.source import find_file, read_json
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.errors import CheckpointError
 
@@ -80,6 +81,51 @@ def write_json_files(
     for name, values in parts.items():
         with open(os.path.join(folder, name), "x", encoding="utf-8") as file:
             file.write(json.dumps(values, indent=4))
+
+
+def saved_preprocessor(folder: str) -> dict[str, Any]:
+    """The arguments in a preset's `preprocessor.json` that a preprocessor of this package takes too.
+
+    Raises:
+        CheckpointError: for a value of the wrong kind. Nothing is deserialized: a file could name any class.
+    """
+    arguments = _arguments(folder, "preprocessor.json")
+    for name, valid in _PREPROCESSOR_ARGUMENTS.items():
+        if name in arguments and not valid(arguments[name]):
+            raise CheckpointError(f"{os.path.join(folder, 'preprocessor.json')}: `{name}` cannot be {arguments[name]!r}.")
+    return {name: arguments[name] for name in _PREPROCESSOR_ARGUMENTS if name in arguments}
+
+
+def saved_stop_token_ids(folder: str) -> tuple[int, ...]:
+    """The `extra_stop_token_ids` in a preset's `tokenizer.json`.
+
+    Raises:
+        CheckpointError: if they are no ids.
+    """
+    ids = _arguments(folder, "tokenizer.json").get("extra_stop_token_ids", [])
+    if not isinstance(ids, list) or not all(_is_count(i) for i in ids):
+        raise CheckpointError(f"{os.path.join(folder, 'tokenizer.json')}: `extra_stop_token_ids` cannot be {ids!r}.")
+    return tuple(ids)
+
+
+def _arguments(folder: str, name: str) -> dict[str, Any]:
+    path = find_file(folder, name)
+    arguments = read_json(path).get("config") if path else {}
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"{path} must hold arguments under 'config'. Received: {arguments!r}.")
+    return arguments
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+_PREPROCESSOR_ARGUMENTS = {
+    "sequence_length": lambda value: _is_count(value) and value > 0,
+    "add_start_token": lambda value: isinstance(value, bool),
+    "add_end_token": lambda value: isinstance(value, bool),
+    "truncation": lambda value: value in ("error", "right", "left"),
+}
 
 
 def policy_name(dtype: Any, where: str) -> str | None:

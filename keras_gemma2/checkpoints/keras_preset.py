@@ -7,7 +7,15 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from keras_gemma2.checkpoints.keras_objects import VOCABULARY_FILE, Classes, policy_name, write_json_files
+from keras_gemma2.checkpoints.keras_objects import (
+    VOCABULARY_FILE,
+    Classes,
+    policy_name,
+    saved_preprocessor,
+    saved_stop_token_ids,
+    write_json_files,
+)
+from keras_gemma2.checkpoints.sentencepiece_model import read_model
 from keras_gemma2.checkpoints.source import CONFIG_FILE, KERAS, Source, find_file, read_json
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.errors import CheckpointError
@@ -41,7 +49,8 @@ def read_source(name: str, path: str) -> Source | None:
         parsed = Gemma2Config(**known)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{config}: {error}") from error
-    return Source(name, KERAS, parsed, path, values, policy_name(arguments.get("dtype"), config))
+    policy = policy_name(arguments.get("dtype"), config)
+    return Source(name, KERAS, parsed, path, values, policy, saved_stop_token_ids(path), saved_preprocessor(path))
 
 
 def open_tensors(source: Source, config: Gemma2Config, stack: contextlib.ExitStack) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,10 +64,7 @@ def open_tensors(source: Source, config: Gemma2Config, stack: contextlib.ExitSta
 def vocabulary(source: Source) -> bytes | None:
     """The bytes of the tokenizer's asset."""
     path = find_file(source.path, VOCABULARY_FILE)
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return file.read()
+    return None if path is None else read_model(path)
 
 
 def write_folder(

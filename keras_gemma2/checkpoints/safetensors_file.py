@@ -71,12 +71,15 @@ def open_safetensors(path: str, stack: Any) -> dict[str, SafetensorsTensor]:
         CheckpointError: if the header does not describe the file: lengths, offsets, shapes and dtypes must fit.
     """
     try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:  # the library would say that there is no such file, whatever is wrong with it
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    stack.callback(os.close, descriptor)
+    try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names = list(file.keys())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file ({error}). Download it again.") from error
-    descriptor = os.open(path, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
     header, start = _header(descriptor, path)
     if len(names) != len(header):
         raise CheckpointError(f"{path} is not a safetensors file that this version reads: its header is ambiguous.")

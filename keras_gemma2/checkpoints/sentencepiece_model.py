@@ -1,11 +1,32 @@
-"""SentencePiece models made from a list of pieces, for checkpoints that carry their vocabulary in another form."""
+"""SentencePiece models: read from a file, or made from a list of pieces where a checkpoint has its vocabulary in another form."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from keras_gemma2.checkpoints.source import read_bytes
+from keras_gemma2.errors import CheckpointError
+
 # `ModelProto.SentencePiece.Type` of sentencepiece's `sentencepiece_model.proto`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def read_model(path: str) -> bytes:
+    """The bytes of a SentencePiece model's file.
+
+    Raises:
+        CheckpointError: if SentencePiece cannot read it.
+    """
+    import sentencepiece
+
+    proto = read_bytes(path)
+    try:
+        if not proto:  # SentencePiece takes this for no model at all
+            raise ValueError("it is empty")
+        sentencepiece.SentencePieceProcessor(model_proto=proto)
+    except (RuntimeError, ValueError) as error:  # a UnicodeDecodeError where a message quotes a broken piece
+        raise CheckpointError(f"{path} is not a SentencePiece model ({error}). Download it again.") from error
+    return proto
 
 
 def build_model(pieces: Iterable[tuple[str, float, int]]) -> bytes:

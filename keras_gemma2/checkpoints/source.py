@@ -19,6 +19,7 @@ GGUF = "gguf"
 SIZE_ONLY = "size_only"
 
 CONFIG_FILE = "config.json"
+LONGEST_SHOWN = 100  # characters of a value in a message
 LARGEST_JSON = 256 << 20  # bytes; Gemma's tokenizer.json is 34 MB
 
 
@@ -36,6 +37,7 @@ class Source:
         dtype: the dtype policy's name, or config, to load the weights in unless the caller asks for another; None for the
             stored one.
         stop_token_ids: where generation stops, besides the tokenizer's own stop tokens.
+        preprocessor: saved arguments of the preprocessor.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Source:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: Any = None
     stop_token_ids: tuple[int, ...] = ()
+    preprocessor: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -55,17 +58,21 @@ def read_json(path: str) -> dict[str, Any]:
         CheckpointError: if it is no JSON object, or too large to be one of a checkpoint's.
     """
     try:
-        size = os.path.getsize(path)
-        if size > LARGEST_JSON:
-            raise CheckpointError(f"{path} has {size} bytes; no JSON file of a checkpoint is that large.")
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        with open(path, encoding="utf-8-sig") as file:  # some editors put a byte order mark in front
+            size = os.fstat(file.fileno()).st_size
+            text = file.read() if size <= LARGEST_JSON else ""
     except FileNotFoundError as error:
         raise MissingFileError(f"{path} is not there. Download it again.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON, which is UTF-8: {error}. Download it again.") from error
+    if size > LARGEST_JSON:
+        raise CheckpointError(f"{path} has {size} bytes; no JSON file of a checkpoint is that large. Download it again.")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a plain ValueError for integers of thousands of digits
+        raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object. Received: {type(values).__name__}.")
     return values
@@ -75,6 +82,25 @@ def find_file(folder: str, *names: str) -> str | None:
     """The first of these files that a folder holds."""
     paths = [os.path.join(folder, name) for name in names]
     return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def shown(value: Any) -> str:
+    """A value out of a file for a message: its `repr`, shortened."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def file_inside(folder: str, name: Any, named_by: str) -> str:
@@ -92,8 +118,8 @@ def file_inside(folder: str, name: Any, named_by: str) -> str:
         or os.path.basename(name) != name
         or "\\" in name
     ):
-        raise CheckpointError(f"{named_by} names the file {name!r}; only files of its own folder may be named there.")
+        raise CheckpointError(f"{named_by} names the file {shown(name)}; only files of its own folder may be named there.")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise MissingFileError(f"{named_by} names the file {name!r}, which is not in the folder. Download it.")
+        raise MissingFileError(f"{named_by} names the file {shown(name)}, which is not in the folder. Download it.")
     return path

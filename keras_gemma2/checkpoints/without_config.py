@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from keras_gemma2.checkpoints.sentencepiece_model import read_model
 from keras_gemma2.checkpoints.source import Source, find_file
 from keras_gemma2.config import NAMED_SIZES, Gemma2Config
 from keras_gemma2.errors import CheckpointError
@@ -101,7 +102,4 @@ def vocabulary_beside(source: Source) -> bytes | None:
     if proto is not None:
         return proto
     above = find_file(os.path.dirname(os.path.abspath(folder)), _VOCABULARY_FILE)
-    if above is None:
-        return None
-    with open(above, "rb") as file:
-        return file.read()
+    return None if above is None else read_model(above)

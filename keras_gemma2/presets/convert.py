@@ -69,7 +69,8 @@ def convert(
         proto = formats.vocabulary(found)
         with replacing_folder(target, weights.nbytes) as folder, _bar(weights.nbytes, progress) as advance:
             shard = DEFAULT_SHARD_SIZES[to] if max_shard_size is None else max_shard_size
-            write_folder(folder, weights, proto, found.stop_token_ids, shard, advance)
+            extra = {} if to == "hf" else {"preprocessor": found.preprocessor}
+            write_folder(folder, weights, proto, found.stop_token_ids, shard, advance, **extra)
 
 
 def _own_dtypes(found: Source, entries: dict[str, Any]) -> tuple[str, str | None]:

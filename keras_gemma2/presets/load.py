@@ -12,7 +12,7 @@ import keras
 
 from keras_gemma2.backbone import Gemma2Backbone
 from keras_gemma2.checkpoints import reading
-from keras_gemma2.checkpoints.source import KERAS, SIZE_ONLY, Source, find_file
+from keras_gemma2.checkpoints.source import KERAS, SIZE_ONLY, Source, find_file, read_json
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.errors import CheckpointError, HubError
 from keras_gemma2.layers.initializers import skip_random_weights
@@ -38,8 +38,8 @@ def load_object(cls: type, keras_hub_loader: Callable[..., Any], preset: Any, lo
         source = _resolve_task(preset, load_weights)
         return _task(cls, keras_hub_loader, source, load_weights, kwargs)
     source = resolve(preset, hub.TOKENIZER)
-    if source.kind == KERAS and find_file(source.path, "tokenizer.json", "preprocessor.json"):
-        return keras_hub_loader(source.path, **kwargs)
+    if _is_custom(source):
+        return _custom(keras_hub_loader, source, kwargs)
     return _tokenizer(cls, source, kwargs) if issubclass(cls, Gemma2Tokenizer) else _preprocessor(cls, source, kwargs)
 
 
@@ -88,18 +88,21 @@ def _tokenizer(cls: type, source: Source, kwargs: dict[str, Any], proto: bytes |
         )
     if source.stop_token_ids:
         kwargs.setdefault("extra_stop_token_ids", source.stop_token_ids)
-    return cls(proto, **kwargs)
+    try:
+        return cls(proto, **kwargs)
+    except ValueError as error:  # no vocabulary of a Gemma
+        raise CheckpointError(f"The tokenizer of {source.path}: {error}") from error
 
 
 def _preprocessor(cls: type, source: Source, kwargs: dict[str, Any]) -> Gemma2CausalLMPreprocessor:
     tokenizer = kwargs.pop("tokenizer", None) or _tokenizer(cls.tokenizer_cls, source, {})
-    kwargs.setdefault("sequence_length", min(1024, source.config.max_sequence_length))
-    return cls(tokenizer, **kwargs)
+    usual = {"sequence_length": min(1024, source.config.max_sequence_length)}
+    return cls(tokenizer, **{**usual, **source.preprocessor, **kwargs})
 
 
 def _optional_preprocessor(cls: type, source: Source) -> Gemma2CausalLMPreprocessor | None:
-    if source.kind == KERAS and find_file(source.path, "preprocessor.json"):
-        return cls.preprocessor_cls.from_preset(source.path)
+    if _is_custom(source):
+        return _custom(cls.preprocessor_cls.from_preset, source, {})
     proto = reading.vocabulary(source)  # read once: rebuilding a vocabulary of 256,000 pieces takes a second
     if proto is not None:
         preprocessor = cls.preprocessor_cls
@@ -110,6 +113,26 @@ def _optional_preprocessor(cls: type, source: Source) -> Gemma2CausalLMPreproces
         stacklevel=_frames_of_this_package(),
     )
     return None
+
+
+def _is_custom(source: Source) -> bool:
+    """Whether a preset of ours was saved with a preprocessor class of the user's own, which keras-hub's loader finds."""
+    path = find_file(source.path, "preprocessor.json") if source.kind == KERAS else None
+    return path is not None and read_json(path).get("registered_name") != keras.saving.get_registered_name(
+        Gemma2CausalLMPreprocessor
+    )
+
+
+def _custom(loader: Callable[..., Any], source: Source, kwargs: dict[str, Any]) -> Any:
+    try:
+        return loader(source.path, **kwargs)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # what Keras makes of a class that is not registered
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"The preprocessor of {source.path} is of a class that cannot be loaded: {reason} Or pass `preprocessor=`."
+        ) from error
 
 
 def _frames_of_this_package() -> int:
