@@ -233,51 +233,67 @@ def _peak_resident(reset=False):
 # Campaigns --------------------------------------------------------------------------------------------------------------
 
 
-def _child(name, folder, first, last, pipe):
+def _child(folders, cases, first, pipe):
     """Runs cases one after another; says which before, and what came of it after."""
-    case = Case(name, folder)
+    formats = {name: Case(name, folder) for name, folder in folders.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        read_whole(folder)  # imports what the format needs
+        for folder in folders.values():
+            read_whole(folder)  # imports what the format needs
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (virtual + ADDRESS_SPACE, resource.RLIM_INFINITY))
-    for number in range(first, last):
-        pipe.send((number, None))
-        pipe.send((number, case.run(number)))
+    for i in range(first, len(cases)):
+        pipe.send((i, None))
+        name, number = cases[i]
+        pipe.send((i, formats[name].run(number)))
     pipe.close()
 
 
-def campaign(name, seed_folder, first, count, work_folder):
-    """Runs cases of one format in child processes; {outcome: numbers of the cases}."""
-    outcomes, last, context = {}, first + count, multiprocessing.get_context("spawn")
-    while first < last:
-        folder = shutil.copytree(seed_folder, Path(work_folder, "it"), dirs_exist_ok=True)
-        receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(name, folder, first, last, send))
-        process.start()
-        send.close()
-        outcome, started = "the child ended before its first case", False
-        while first < last:
+def campaign(seeds, first, count, work_folder):
+    """Runs as many cases of each format, in child processes.
+
+    seeds: {format: folder of a valid checkpoint}.
+    Returns {format: {outcome: numbers of the cases}}.
+    """
+    cases = [(name, number) for name in seeds for number in range(first, first + count)]
+    outcomes = {name: {} for name in seeds}
+    done = 0
+    while done < len(cases):
+        with tempfile.TemporaryDirectory(dir=work_folder) as work:
+            folders = {name: shutil.copytree(seed, Path(work, name)) for name, seed in seeds.items()}
+            done, failure = _run_until_it_fails(folders, cases, done, outcomes)
+        if failure is not None:
+            name, number = cases[done]
+            outcomes[name].setdefault(failure, []).append(number)
+            done += 1
+    return outcomes
+
+
+def _run_until_it_fails(folders, cases, done, outcomes):
+    """Starts a child; returns how many cases are done then, and why the next one did not end (None if all are done)."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(folders, cases, done, send))
+    process.start()
+    send.close()
+    started = False
+    try:
+        while done < len(cases):
             if not receive.poll(TIME_LIMIT if started else 120):
-                outcome = f"hangs: over {TIME_LIMIT} s"
-                break
-            try:
-                number, result = receive.recv()
-            except EOFError:
-                process.join()
-                outcome = f"the process died with exit code {process.exitcode}" if started else outcome
-                break
+                return done, f"hangs: over {TIME_LIMIT} s"
+            i, result = receive.recv()
             started = True
             if result is not None:
-                outcomes.setdefault(result, []).append(number)
-                first = number + 1
+                name, number = cases[i]
+                outcomes[name].setdefault(result, []).append(number)
+                done = i + 1
+    except EOFError:
+        process.join()
+        return done, f"the process died with exit code {process.exitcode}"
+    finally:
         process.kill()
         process.join()
-        shutil.rmtree(folder)
-        if first < last:
-            outcomes.setdefault(outcome, []).append(first)
-            first += 1
-    return outcomes
+    return done, None
 
 
 def main():
@@ -293,7 +309,7 @@ def main():
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as work:
         for name in options.only or FORMATS:
             seed, start = write_seed(name, Path(work, "seeds", name)), time.monotonic()
-            outcomes = campaign(name, seed, options.first, options.cases, work)
+            outcomes = campaign({name: seed}, options.first, options.cases, work)[name]
             counts = {outcome: len(numbers) for outcome, numbers in outcomes.items()}
             good = [counts.pop("read", 0), counts.pop("refused", 0)]
             bad = sum(counts.values())

@@ -1,7 +1,8 @@
 """Runs the whole suite on all three backends: `python tests/run.py`.
 
-One process a backend, one line a backend at the end; fails if a backend fails or is not installed. Arguments are handed to
-pytest; `--backend NAME` (several times) picks backends.
+One process a backend, one line a backend at the end; fails if a backend fails or is not installed. Tests marked `backend_free`,
+which compute nothing with a backend, run with the first only. Arguments are handed to pytest; `--backend NAME` (several
+times) picks backends.
 """
 
 import argparse
@@ -23,8 +24,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     options, pytest_arguments = parser.parse_known_args()
+    backends = options.backend or BACKENDS
+    once = {name: [] if name == backends[0] else ["-m", "not backend_free"] for name in backends}
     with tempfile.TemporaryDirectory() as exchange:
-        results = [run(name, pytest_arguments, exchange) for name in options.backend or BACKENDS]
+        results = [run(name, [*once[name], *pytest_arguments], exchange) for name in backends]
     print()
     for line, *_ in results:
         print(line)

@@ -297,6 +297,7 @@ def test_a_vocabulary_that_is_not_gemmas_kind_is_written_as_it_is(lm, tmp_path):
     assert (tmp_path / "out/tokenizer.model").exists() and not (tmp_path / "out/tokenizer.json").exists()
 
 
+@pytest.mark.backend_free
 def test_the_real_vocabulary(tmp_path):
     path = os.environ.get("KERAS_GEMMA2_VOCABULARY")
     if not path:
@@ -369,6 +370,7 @@ while True:
 """
 
 
+@pytest.mark.backend_free
 def test_killed_while_it_saves_a_preset(tmp_path):
     backbone = Gemma2Backbone(**TINY)
     for variable in backbone.variables:

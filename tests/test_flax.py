@@ -286,6 +286,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("case", CHANGES)
 def test_other_contents_are_refused(case, model, folder):
     name, value, message = CHANGES[case]
@@ -324,6 +325,7 @@ def test_missing_and_damaged_files_are_refused(use_ocdbt, model, folder):
             Gemma2Backbone.from_preset(folder)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("use_ocdbt", [True, False], ids=["ocdbt", "plain files"])
 def test_mutated_files_raise_nothing_but_checkpoint_errors(use_ocdbt, model, folder):
     path = save(nested(flax_arrays(model)), folder / "it", use_ocdbt=use_ocdbt)
@@ -369,6 +371,7 @@ def test_without_tensorstore_the_message_names_the_install(model, folder, monkey
         Gemma2Backbone.from_preset(folder)
 
 
+@pytest.mark.backend_free
 def test_recognizing_and_reading_a_checkpoint_needs_no_jax(model, folder):
     save(joined(flax_arrays(model)), folder / "it")
     code = (

@@ -272,6 +272,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_contents_are_refused(change, folder, model):
     edit, message = CHANGES[change]
@@ -344,6 +345,7 @@ def test_packed_and_damaged_files_are_refused(folder, model):
             Gemma2Backbone.from_preset(folder)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("file", ["zip", "old"])
 def test_mutated_files_raise_nothing_but_checkpoint_errors(file, folder, model):
     """Flipped bytes in and around the pickle and the directory; flips in the numbers load, as they do in any format."""
@@ -417,6 +419,7 @@ def test_tensors_are_read_from_the_file_and_not_through_its_map(folder, model):
         assert {type(tensor) for tensor in tensors.values()} == {SafetensorsTensor}
 
 
+@pytest.mark.backend_free
 def test_recognizing_a_checkpoint_with_a_config_imports_nothing_heavy(folder, model):
     wrapped(gemma_pytorch_state(model), folder / "model.ckpt")
     code = (

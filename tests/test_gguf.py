@@ -148,6 +148,7 @@ def dequantized_q6_k(block):
     return values * halves(block[208:])
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize(
     "kind, formula",
     [("Q8_0", dequantized_q8_0), ("Q4_0", dequantized_q4_0), ("Q4_K", dequantized_q4_k), ("Q6_K", dequantized_q6_k)],
@@ -249,6 +250,7 @@ def test_stop_tokens_from_metadata(tmp_path):
     assert 55 in Gemma2Tokenizer.from_preset(tmp_path / "model.gguf").stop_token_ids
 
 
+@pytest.mark.backend_free
 def test_reading_the_config_imports_nothing_heavy(path):
     code = (
         "import sys; from keras_gemma2.checkpoints.gguf import read_source; read_source('it', sys.argv[1]);"
@@ -287,6 +289,7 @@ def assert_same_vocabulary(path, proto, texts):
     return ours
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("tokens", ["spm", "tokenizer_config", "tokenizer_model"])
 def test_vocabulary_gives_the_ids_of_the_original(tmp_path, tokens):
     write_gguf(model_folder()[0], tmp_path / "model.gguf", tokens=tokens)
@@ -297,6 +300,7 @@ def test_vocabulary_gives_the_ids_of_the_original(tmp_path, tokens):
     assert rebuilt.encode("\n\n\n    ") == [110, 141]
 
 
+@pytest.mark.backend_free
 def test_the_real_vocabulary(tmp_path):
     original = os.environ.get("KERAS_GEMMA2_VOCABULARY")
     if not original:
@@ -323,6 +327,7 @@ def test_rows_beyond_the_vocabulary_are_unused(tmp_path):
     assert [processor.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize(
     "key, value, message",
     [
@@ -396,6 +401,7 @@ def set_value(writer, key, value):
     writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value, kind, sub_type)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize(
     "key, value, message",
     [
@@ -518,6 +524,7 @@ OPENED_LIES = {  # those that show when tensors are opened
 }
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("lie", LIES)
 def test_headers_that_lie_are_refused(tmp_path, lie):
     content, message = LIES[lie]
@@ -529,6 +536,7 @@ def test_headers_that_lie_are_refused(tmp_path, lie):
     tracemalloc.stop()
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("lie", OPENED_LIES)
 def test_tensors_that_lie_are_refused(tmp_path, lie):
     tensors, message = OPENED_LIES[lie]
@@ -545,6 +553,7 @@ def test_a_header_is_never_longer_than_64_mb(tmp_path):
         read_source("it", str(tmp_path / "x.gguf"))
 
 
+@pytest.mark.backend_free
 def test_truncated_files_are_refused(path):
     whole = path.read_bytes()
     end = whole.index(b"output_norm.weight") + 50  # the last tensor's entry
@@ -554,6 +563,7 @@ def test_truncated_files_are_refused(path):
             read_everything(path)
 
 
+@pytest.mark.backend_free
 def test_flipped_bytes_give_only_checkpoint_errors(path):
     """Any byte of the header may be anything; what still makes a model may load."""
     whole = np.frombuffer(path.read_bytes(), np.uint8)

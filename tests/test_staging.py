@@ -222,6 +222,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from keras_gemma2.staging import replacing_folder
+
+pytestmark = pytest.mark.backend_free
 version = 0
 while True:
     version += 1

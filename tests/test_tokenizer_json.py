@@ -15,6 +15,8 @@ from vocabulary import HARD_TEXTS, random_texts, train_vocabulary
 from keras_gemma2.checkpoints.tokenizer_json import from_tokenizer_json, to_tokenizer_json
 from keras_gemma2.errors import CheckpointError
 
+pytestmark = pytest.mark.backend_free
+
 FRAMES = ("<bos>", "<eos>", "<pad>", "<unk>")  # tokens for the tokenizers library, plain characters for us
 
 
