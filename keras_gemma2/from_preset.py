@@ -22,18 +22,22 @@ class FromPreset:
                 `hf://owner/name[@revision]`, `modelscope://...`); or a local folder or file in any format that this package
                 reads, which is found out by its content: a preset of this package or of keras-hub, a Hugging Face folder,
                 gemma_pytorch's `model.ckpt`, a Flax checkpoint, a GGUF file.
-            load_weights: whether to fill the weights; False leaves them random.
-            **kwargs: `dtype` (default: what the preset's config says) and other arguments of the backbone, or of the class.
+            load_weights: whether to fill the weights; False leaves them random, and downloads none.
+            **kwargs: `dtype` (default: what the preset's config says, or else the stored dtype) and other arguments of the
+                backbone, or of the class.
 
         Raises:
             CheckpointError: a `ValueError`, for an unknown name (the message lists near ones), a folder without a model, a
-                damaged one, or one of another model.
+                damaged one, or one of another model; a `HubError` among them, with the step to take, if a hub gives no files.
+            TypeError: if `preset` is no string or path, or `load_weights` no bool.
 
         Example:
             >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
         """
         from keras_gemma2.presets.load import load_object  # presets import the models, so not at module level
 
+        if not isinstance(load_weights, bool):
+            raise TypeError(f"`load_weights` must be True or False. Received: {load_weights!r}. A dtype is passed as `dtype=`.")
         return load_object(cls, super().from_preset, preset, load_weights, kwargs)
 
     def save_to_preset(self, preset_dir: str | os.PathLike[str], format: str = "keras_gemma2", **kwargs: Any) -> None:

@@ -446,6 +446,8 @@ def test_from_preset_of_each_class(cls):
         cls.from_preset("gemma2_2b_em")
     with pytest.raises(TypeError, match="`preset`.*3"):
         cls.from_preset(3)
+    with pytest.raises(TypeError, match="`load_weights`.*'bfloat16'.*`dtype=`"):
+        cls.from_preset("gemma2_mini_en", "bfloat16")
 
 
 def test_a_folder_without_tokenizer_warns():
