@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 BACKENDS = ("jax", "tensorflow", "torch")
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument
     number, integer = _at_least(float, 0), _at_least(int, 0)
     add("prompt", type=_text, help="the text to continue")
-    add("--preset", default=DEFAULT_PRESET, help="built-in name or folder (default: %(default)s)")
+    add("--preset", default=DEFAULT_PRESET, help="built-in name, hub address, folder or file (default: %(default)s)")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
     add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
     add("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="default: %(default)s")
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info", help="print a model's layers", description="Prints the tree of layers; loads no weights."
     )
-    info.add_argument("preset", help="built-in name or folder")
+    info.add_argument("preset", help="built-in name, hub address, folder or file")
     info.set_defaults(run=_info)
     _add_convert(commands)
     _add_verify(commands)
@@ -169,9 +170,11 @@ def _choose_backend(name: str | None) -> None:
 def _load(options: argparse.Namespace):
     import keras_gemma2
 
-    lm = keras_gemma2.Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The preset .* has no tokenizer")  # an error here, told next
+        lm = keras_gemma2.Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
     if lm.preprocessor is None:
-        raise ValueError(f"The preset {options.preset!r} has no tokenizer.model, which text needs.")
+        raise ValueError(f"The preset {options.preset!r} has no tokenizer, which text needs.")
     return lm
 
 
@@ -205,8 +208,11 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from keras_gemma2.presets.registry import preset_names
     from keras_gemma2.presets.verify import FAILED, NEED_MODEL, summary, verify
 
+    if options.claim is not None and options.claim not in preset_names():
+        raise ValueError(f"argument --as: must be one of {', '.join(preset_names())}, got {options.claim!r}")
     _choose_backend(options.backend)
     skip = NEED_MODEL if options.quick else ("transformers",) if options.no_transformers else ()
     results = verify(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+
 LONGEST_MESSAGE = 2000  # characters
 
 
@@ -30,3 +33,10 @@ class MissingFileError(CheckpointError, FileNotFoundError):
 
 class HubError(CheckpointError):
     """A model hub gave no files: no access, no network, no such model. The message names the step to take."""
+
+
+def callers_level() -> int:
+    """The `stacklevel` of the first frame outside this package, where a warning is of use."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    frames = inspect.stack(context=0)[1:]
+    return 1 + next((i for i, frame in enumerate(frames) if not os.path.abspath(frame.filename).startswith(package)), 0)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from typing import Any
 
-from keras_gemma2.staging import CHECKPOINT_FILES, MODEL_FILES, TOKENIZER_FILES, replacing_folder
+from keras_gemma2.errors import CheckpointError
+from keras_gemma2.staging import CHECKPOINT_FILES, MODEL_FILES, TOKENIZER_FILES, folder_path, replacing_folder
 
 FORMATS = ("keras_gemma2", "keras_hub")
+HUGGING_FACE = "hugging_face"
+DEFAULT_FILE_SIZE = "5GB"  # of `export_to_transformers`
+LARGEST_KERAS_OBJECT = 1 << 20  # bytes of JSON; a Hugging Face tokenizer.json has the whole vocabulary in it
+_HOLDS = {
+    "keras_gemma2": "a preset of this package",
+    "keras_hub": "a preset of keras-hub",
+    HUGGING_FACE: "files of Hugging Face's format",
+}
 
 
 class FromPreset:
@@ -44,57 +55,68 @@ class FromPreset:
         """Saves to a folder that `from_preset` reads.
 
         The folder changes in one step, when all files are complete (`staging.replacing_folder` says how). Files of an older
-        checkpoint go, files that belong to none stay.
+        checkpoint go, files that belong to none stay. A backbone, tokenizer or preprocessor replaces its own part alone, and
+        is not saved beside a part in another format: they have file names in common.
 
         Args:
-            preset_dir: the folder; made if missing.
+            preset_dir: the folder; made if missing, `~` expanded.
             format: "keras_gemma2" for this package's classes, or "keras_hub" for those of keras-hub (models only), which
                 `keras_hub.models.GemmaCausalLM.from_preset` reads.
-            **kwargs: as the keras-hub base class takes them (`max_shard_size` in GB, for models).
+            **kwargs: `max_shard_size`, for models: the largest size of one file, in GB of 1024 ** 3 bytes or a text such as
+                "500MB"; None for no limit. Default 10.
 
         Raises:
-            ValueError: for an unknown format.
-            CheckpointError: if the folder cannot be written.
+            ValueError: for an unknown format or a wrong `max_shard_size`.
+            TypeError: if `preset_dir` is no path, or for another argument.
+            CheckpointError: if the folder cannot be written, or keeps a part in another format.
 
         Example:
             >>> lm.save_to_preset("./my_gemma2")
         """
         if format not in FORMATS:
             raise ValueError(f"`format` must be one of {FORMATS}. Received: {format!r}.")
+        target = folder_path(preset_dir, "preset_dir")
         backbone, tokenizer, owned = _parts(self)
+        if backbone is None and kwargs:
+            raise TypeError(f"`{type(self).__name__}.save_to_preset` takes `preset_dir` and `format` only. Received: {[*kwargs]}.")
+        if "max_shard_size" in kwargs:
+            kwargs["max_shard_size"] = _gigabytes(kwargs["max_shard_size"])
+        _refuse_mixture(target, format, owned)
         if format == "keras_hub":
             preprocessor = getattr(self, "preprocessor", None)
             arguments = None if preprocessor is None else preprocessor.get_config()
-            _save_for_keras_hub(backbone, tokenizer, arguments, preset_dir, owned, **kwargs)
+            _save_for_keras_hub(backbone, tokenizer, arguments, target, owned, **kwargs)
             return
-        with replacing_folder(preset_dir, _bytes(backbone), owned) as staging:
+        with replacing_folder(target, _bytes(backbone), owned) as staging:
             super().save_to_preset(staging, **kwargs)
 
     def export_to_transformers(
         self,
         path: str | os.PathLike[str],
         dtype: str | None = None,
-        max_shard_size: str | int = "5GB",
+        max_shard_size: str | int = DEFAULT_FILE_SIZE,
         config_dtype: str | None = None,
     ) -> None:
         """Writes a Hugging Face folder, for transformers, vLLM, TGI, Axolotl and llama.cpp's converter.
 
         The folder changes in one step, as with `save_to_preset`. A backbone is written as the whole causal language model,
         since its output projection is its embedding. A tokenizer or preprocessor writes the tokenizer's files alone, beside
-        a model that is there.
+        a model in the same format that is there.
 
         transformers reads `"<bos>"` and other special pieces in a text as tokens, where `Gemma2Tokenizer` sees the
         characters they are spelled with. All other texts have the same ids.
 
         Args:
-            path: the folder; made if missing.
+            path: the folder; made if missing, `~` expanded.
             dtype: "float32", "float16" or "bfloat16" of the stored weights; default the model's.
             max_shard_size: largest size of one file, as bytes or a text such as "5GB" (decimal).
             config_dtype: the dtype that readers load the weights in by default; `dtype` unless given.
 
         Raises:
-            ValueError: for a wrong `dtype` or `max_shard_size`.
-            CheckpointError: if the folder cannot be written, or a weight does not fit the dtype's range.
+            ValueError: for a wrong `dtype`, `config_dtype` or `max_shard_size`, or a float64 model without `dtype`.
+            TypeError: if `path` is no path, or one of the others is given for a tokenizer, which has no weights.
+            CheckpointError: if the folder cannot be written, keeps a part in another format (as with `save_to_preset`), or a
+                weight does not fit the dtype's range.
 
         Example:
             >>> lm.export_to_transformers("./my_gemma2_hf", dtype="bfloat16")
@@ -102,11 +124,18 @@ class FromPreset:
         """
         from keras_gemma2.checkpoints import hf_writer
 
+        target = folder_path(path, "path")
         backbone, tokenizer, owned = _parts(self)
+        if backbone is None and (dtype, max_shard_size, config_dtype) != (None, DEFAULT_FILE_SIZE, None):
+            raise TypeError(
+                f"`{type(self).__name__}.export_to_transformers` takes `path` only: `dtype`, `max_shard_size` and `config_dtype` "
+                f"are for weights. Received: {dtype!r}, {max_shard_size!r}, {config_dtype!r}."
+            )
+        _refuse_mixture(target, HUGGING_FACE, owned)
         if backbone is None:
-            hf_writer.export_tokenizer(tokenizer, path, owned)
+            hf_writer.export_tokenizer(tokenizer, target, owned)
         else:
-            hf_writer.export_model(backbone, tokenizer, path, dtype, max_shard_size, config_dtype, owned)
+            hf_writer.export_model(backbone, tokenizer, target, dtype, max_shard_size, config_dtype, owned)
 
 
 def _parts(thing: Any) -> tuple[Any, Any, tuple[str, ...]]:
@@ -117,6 +146,51 @@ def _parts(thing: Any) -> tuple[Any, Any, tuple[str, ...]]:
         tokenizer = None if thing.preprocessor is None else thing.preprocessor.tokenizer
         return thing.backbone, tokenizer, CHECKPOINT_FILES
     return None, getattr(thing, "tokenizer", thing), TOKENIZER_FILES
+
+
+def _refuse_mixture(folder: str, written: str, owned: tuple[str, ...]) -> None:
+    """Refuses to write a part of a model beside parts in another format, before anything is written.
+
+    `config.json` and `tokenizer.json` are a Keras object in one format and something else in the other, so the folder would
+    be read as neither.
+
+    Args:
+        folder: to be written to.
+        written: the format.
+        owned: the files that are replaced; those of another format among them do not matter.
+    """
+    for name in ("config.json", "tokenizer.json"):
+        held = None if name in owned else _format_of(os.path.join(folder, name))
+        if held not in (None, written):
+            raise CheckpointError(
+                f"{folder!r} holds {_HOLDS[held]}, which would not load any more beside what is to be saved "
+                f"({_HOLDS[written]}). Save the whole `Gemma2CausalLM` there, which replaces all of it, or choose another folder."
+            )
+
+
+def _format_of(path: str) -> str | None:
+    """The format that a `config.json` or `tokenizer.json` belongs to; None if it is missing, damaged or of no known one."""
+    from keras_gemma2.checkpoints.source import read_json
+
+    if not os.path.isfile(path):
+        return None
+    if os.path.getsize(path) > LARGEST_KERAS_OBJECT:
+        return HUGGING_FACE
+    try:
+        values = read_json(path)
+    except CheckpointError:  # nothing that a save could break
+        return None
+    if isinstance(name := values.get("registered_name"), str):
+        return "keras_hub" if name.startswith(("keras_hub>", "keras_nlp>")) else "keras_gemma2"
+    return HUGGING_FACE if "model_type" in values or "model" in values else None
+
+
+def _gigabytes(max_shard_size: str | float | None) -> float | None:
+    """A shard's largest size as keras-hub's savers take it."""
+    from keras_gemma2.checkpoints.h5_weights import GIGABYTE, shard_bytes
+
+    size = shard_bytes(max_shard_size)
+    return None if math.isinf(size) else size / GIGABYTE
 
 
 def _bytes(backbone: Any) -> int:
@@ -132,10 +206,11 @@ def _save_for_keras_hub(
     preprocessor: dict[str, Any] | None,
     target: Any,
     owned: tuple[str, ...],
-    max_shard_size: str | float | None = 10,
+    max_shard_size: float | None = 10,
     **kwargs: Any,
 ) -> None:
     from keras_gemma2.checkpoints.keras_hub import write_folder
+    from keras_gemma2.checkpoints.keras_objects import POLICIES
     from keras_gemma2.checkpoints.writing import outgoing_from_backbone
 
     if backbone is None:
@@ -143,6 +218,8 @@ def _save_for_keras_hub(
     if kwargs:
         raise TypeError(f"`save_to_preset` in format='keras_hub' takes `max_shard_size` only. Received: {sorted(kwargs)}.")
     weights = outgoing_from_backbone(backbone)
+    if backbone.dtype_policy.name in POLICIES:  # a mixed one computes in another dtype than it stores
+        weights = dataclasses.replace(weights, policy=backbone.dtype_policy.name)
     proto, stop = (None, ()) if tokenizer is None else (tokenizer.proto, tokenizer.stop_token_ids)
     with replacing_folder(target, weights.nbytes, owned) as folder:
         write_folder(folder, weights, proto, stop, max_shard_size, None, preprocessor)

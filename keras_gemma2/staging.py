@@ -21,18 +21,23 @@ try:
 except ImportError:  # not a POSIX system: no locks, so leftovers of killed processes stay
     fcntl = None
 
-# What a checkpoint of this package, keras-hub or Hugging Face is made of, as paths from its folder.
+# What writers of this package, keras-hub and transformers name the files of a checkpoint, as paths from its folder. No wider:
+# `epoch_03.weights.h5`, `model_final.weights.h5` or `adapter_model.safetensors` beside them are the user's.
+_NUMBER = "[0-9]" * 5
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "metadata.json",
     "task.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.weights.h5",
-    "*.weights.json",
-    "pytorch_model*.bin",
-    "pytorch_model*.bin.index.json",
+    "model.safetensors",
+    f"model-{_NUMBER}-of-{_NUMBER}.safetensors",
+    "model.safetensors.index.json",
+    "model.weights.h5",
+    f"model_{_NUMBER}.weights.h5",
+    "model.weights.json",
+    "pytorch_model.bin",
+    f"pytorch_model-{_NUMBER}-of-{_NUMBER}.bin",
+    "pytorch_model.bin.index.json",
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,6 +55,8 @@ _LAST = "config.json"  # without it a folder is no checkpoint, so one that is mo
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _CANNOT_MOVE = (errno.EBUSY, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EROFS)
+# A path that is still a link when all links are followed.
+_LOOP = "is a symbolic link that leads back to itself. Remove it or choose another folder"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _open: set[str] = set()  # staging folders that this process is writing to
 
@@ -73,7 +80,8 @@ def replacing_folder(
     through their own `save_to_preset`.
 
     Args:
-        target: the folder; made with its parents if missing. A symbolic link to a folder stays, its folder is replaced.
+        target: the folder, as `folder_path` takes it; made with its parents if missing. A symbolic link to a folder stays,
+            its folder is replaced.
         needed_bytes: how much will be written; checked against the free space first.
         owned: patterns of paths, from the folder, that the old content is dropped by. All other files are kept.
 
@@ -81,13 +89,14 @@ def replacing_folder(
         The path of an empty folder on the target's file system.
 
     Raises:
-        CheckpointError: if the target is a file, may not be written to, or the disk has too little room.
+        CheckpointError: if the target or a parent is a file, it may not be written to, or the disk has too little room.
+        TypeError: if the target is no path.
 
     Example:
         >>> with replacing_folder("./my_gemma2", needed_bytes=5_200_000_000) as folder:
         ...     write_all_files(folder)
     """
-    shown = os.path.abspath(os.fspath(target))
+    shown = folder_path(target)
     path = os.path.realpath(shown)
     if path in _open:
         yield path
@@ -118,6 +127,35 @@ def replacing_folder(
             with contextlib.suppress(OSError):  # another process uses it already
                 os.rmdir(folder)
         raise
+
+
+def folder_path(target: str | os.PathLike[str], argument: str = "target") -> str:
+    """The absolute path of a folder to write, `~` expanded.
+
+    Args:
+        target: as the user gave it.
+        argument: what the caller's argument is called, for messages.
+
+    Raises:
+        TypeError: if it is no string or path.
+        CheckpointError: if it is empty, or no file system can hold it.
+
+    Example:
+        >>> folder_path("~/gemma2")
+        '/home/someone/gemma2'
+    """
+    path = os.fspath(target) if isinstance(target, os.PathLike) else target
+    if not isinstance(path, str):
+        raise TypeError(f"`{argument}` must be the path of a folder, as a string or a `pathlib.Path`. Received: {target!r}.")
+    if not path:
+        raise CheckpointError(f"`{argument}` must be the path of a folder. Received: {path!r}; '.' is the current one.")
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise CheckpointError(f"`{argument}` has a character that no path can have. Received: {path!r}.")
+    return os.path.abspath(os.path.expanduser(path))
 
 
 # Before writing ---------------------------------------------------------------------------------------------------------
@@ -153,11 +191,15 @@ def _check_room(shown: str, place: str, needed_bytes: int) -> None:
 def _missing_parents(path: str) -> list[str]:
     """The folders above a path that are yet to be made, the outermost first."""
     if os.path.lexists(path) and not os.path.isdir(path):
-        raise CheckpointError(f"{path!r} is a file; a checkpoint is a folder. Choose another name or move the file away.")
+        what = "is a file; a checkpoint is a folder. Choose another name or move the file away"
+        raise CheckpointError(f"{path!r} {_LOOP if os.path.islink(path) else what}.")
     missing, parent = [], os.path.dirname(path)
     while not os.path.lexists(parent):
         missing.append(parent)
         parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        what = f"is a file, so there can be no folder {path!r} below it. Choose another folder"
+        raise CheckpointError(f"{parent!r} {_LOOP if os.path.islink(parent) else what}.")
     return missing[::-1]
 
 

@@ -455,6 +455,20 @@ def test_a_folder_without_tokenizer_warns():
         assert Gemma2CausalLM.from_preset(hugging_face_folder()[0]).preprocessor is None
 
 
+@pytest.mark.parametrize("cls", [Gemma2CausalLMPreprocessor, Gemma2Tokenizer])
+@pytest.mark.parametrize("save", ["save_to_preset", "export_to_transformers"])
+def test_tokenizers_load_from_a_folder_of_their_own(tmp_path, cls, save):
+    arguments = {"sequence_length": 77} if cls is Gemma2CausalLMPreprocessor and save == "save_to_preset" else {}
+    thing = cls.from_preset("gemma2_mini_en", **arguments)
+    getattr(thing, save)(tmp_path / "alone")
+    loaded = cls.from_preset(tmp_path / "alone")
+    assert getattr(loaded, "tokenizer", loaded).proto == getattr(thing, "tokenizer", thing).proto
+    if arguments:
+        assert loaded.sequence_length == 77
+    with pytest.raises(ValueError, match="no config.json"):
+        Gemma2Backbone.from_preset(tmp_path / "alone")
+
+
 def test_preset_names():
     names = keras_gemma2.preset_names()
     assert names[0] == "gemma2_mini_en" and len(names) == 10 and "shieldgemma_27b_en" in names

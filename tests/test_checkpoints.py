@@ -9,11 +9,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from oracle import BASE, hugging_face_folder, hugging_face_logits, hugging_face_model
+from vocabulary import train_vocabulary
 
 from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
+from keras_gemma2.checkpoints import hf_writer
+from keras_gemma2.checkpoints.hf import extra_settings
 from keras_gemma2.checkpoints.hf_config import config_from_hugging_face, config_to_hugging_face
+from keras_gemma2.checkpoints.reading import find_source, open_weights
 from keras_gemma2.checkpoints.weight_map import FORMATS, TABLE, foreign_shapes, rows_for
+from keras_gemma2.checkpoints.writing import outgoing_from_entries
 from keras_gemma2.config import NAMED_SIZES, Gemma2Config
 from keras_gemma2.errors import CheckpointError
 
@@ -161,6 +167,38 @@ def test_other_models_are_refused(folder, changes, message):
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         Gemma2CausalLM.from_preset(folder)
+
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_and_generation_settings_are_written_again(folder, tmp_path, place):
+    (folder / place).write_text(TEMPLATE if place.endswith("jinja") else json.dumps({"chat_template": TEMPLATE}))
+    settings = {"temperature": 0.6, "top_k": 5, "do_sample": True, "bad_words_ids": None, "suppress_tokens": [3, 4]}
+    no_settings = {"_from_model_config": True, "eos_token_id": [1, 9], "pad_token_id": 7, "x": {"y": 1}, "nan": float("nan")}
+    (folder / "generation_config.json").write_text(json.dumps({**settings, **no_settings}))
+    source = find_source("it", str(folder))
+    extra = extra_settings(source)
+    assert extra == {"chat_template": TEMPLATE, "generation_config": settings}
+    out = tmp_path / "out"
+    out.mkdir()
+    with open_weights(source) as entries:
+        weights = outgoing_from_entries(entries, source.config, "float32")
+        hf_writer.write_folder(str(out), weights, train_vocabulary(), source.stop_token_ids, extra=extra)
+    assert transformers.GemmaTokenizer.from_pretrained(out).chat_template == TEMPLATE
+    read = transformers.GenerationConfig.from_pretrained(out)
+    assert {key: getattr(read, key) for key in settings} == settings
+    assert (read.pad_token_id, read.bos_token_id) == (0, 2) and set(read.eos_token_id) == {1, 9}
+
+
+def test_settings_that_are_none_are_left_out(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "default", "template": "x"}]}))
+    assert extra_settings(find_source("it", str(folder))) == {}
+    (folder / "chat_template.jinja").write_bytes(b"x" * (2 << 20))
+    with pytest.warns(UserWarning, match="chat_template.jinja is left out"):
+        assert extra_settings(find_source("it", str(folder))) == {}
 
 
 def test_damaged_folders_are_refused(folder):

@@ -1,10 +1,13 @@
 """`convert`: from every format to every other, tensor by tensor, bit by bit."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -83,6 +86,8 @@ def test_a_conversion_that_fails_leaves_nothing(alternating, tmp_path):
     folder, _ = hugging_face_folder(rope_theta=500.0)  # keras-hub's is fixed
     with pytest.raises(CheckpointError, match="rope"):
         convert(folder, tmp_path / "out", to="keras_hub")
+    with pytest.raises(ValueError, match="`max_shard_size`.*'lots'"):
+        convert(folder, tmp_path / "out", max_shard_size="lots")
     assert os.listdir(tmp_path) == []
     with pytest.raises(ValueError, match="`to` must be one of.*'gguf'"):
         convert(folder, tmp_path / "out", to="gguf")
@@ -93,14 +98,61 @@ def test_a_conversion_that_fails_leaves_nothing(alternating, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_can_be_converted_onto_itself(alternating, tmp_path):
+def test_the_target_replaces_a_checkpoint_and_keeps_other_files(alternating, tmp_path):
     folder, _ = alternating
     convert(folder, tmp_path / "model", to="hf")
     (tmp_path / "model" / "notes.txt").write_text("mine")
-    convert(tmp_path / "model", tmp_path / "model", to="preset")
+    convert(folder, tmp_path / "model", to="preset")
     assert_same(folder, tmp_path / "model")
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "model" / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="`target` cannot be the source itself"):
+        convert(tmp_path / "model", tmp_path / "model" / ".." / "model", to="hf")
+
+
+@pytest.mark.parametrize("to", ["hf", "preset", "keras_hub"])
+def test_each_weight_keeps_its_dtype(alternating, tmp_path, to):
+    folder = shutil.copytree(alternating[0], tmp_path / "mixed")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors = {k: v if "norm" in k else v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    convert(folder, tmp_path / "there", to=to)
+    convert(tmp_path / "there", tmp_path / "back", to="hf")
+    back = safetensors.numpy.load_file(tmp_path / "back" / "model.safetensors")
+    for name, value in tensors.items():
+        assert back[name].dtype == value.dtype
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("to", ["preset", "keras_hub"])
+def test_a_mixed_policy_survives(alternating, tmp_path, to):
+    Gemma2CausalLM.from_preset(alternating[0], dtype="mixed_bfloat16", preprocessor=None).save_to_preset(tmp_path / "mixed")
+    convert(tmp_path / "mixed", tmp_path / "there", to=to)
+    assert Gemma2CausalLM.from_preset(tmp_path / "there", preprocessor=None).backbone.dtype_policy.name == "mixed_bfloat16"
+    convert(tmp_path / "mixed", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_chat_template_and_generation_settings_are_kept(tmp_path):
+    folder = tmp_path / "tuned"
+    convert("gemma2_mini_en", folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }} of my own")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.25, "do_sample": True}))
+    convert(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }} of my own"
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["temperature"] == 0.25 and written["do_sample"] is True and written["eos_token_id"] == [1, 107]
+
+
+def test_weights_that_are_not_finite_are_named(alternating, tmp_path):
+    folder = shutil.copytree(alternating[0], tmp_path / "bad")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"'model.norm.weight'.*NaN or infinite") as caught:
+        convert(folder, tmp_path / "out")
+    assert caught[0].filename == __file__
 
 
 def test_the_command_draws_a_bar_on_stderr_and_imports_no_backend(alternating, tmp_path):

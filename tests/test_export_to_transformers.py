@@ -163,6 +163,34 @@ def test_wrong_arguments_write_nothing(lm, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_wrong_argument_is_named(lm, tmp_path):
+    for name in ("dtype", "config_dtype"):
+        for wrong in ("float64", "foo", ["float32"], 5):
+            with pytest.raises(ValueError, match=f"^`{name}` must be one of"):
+                lm.export_to_transformers(tmp_path / "out", **{name: wrong})
+    tokenizer = lm.preprocessor.tokenizer
+    for arguments in ({"dtype": "float32"}, {"max_shard_size": "1GB"}, {"config_dtype": "foo"}):
+        with pytest.raises(
+            TypeError, match=f"Gemma2Tokenizer.export_to_transformers` takes `path` only.*{next(iter(arguments.values()))}"
+        ):
+            tokenizer.export_to_transformers(tmp_path / "out", **arguments)
+    for path, error in ((3, TypeError), (None, TypeError), ("", CheckpointError), ("a\0", CheckpointError)):
+        with pytest.raises(error, match="`path`"):
+            lm.export_to_transformers(path)
+        with pytest.raises(error, match="`preset_dir`"):
+            tokenizer.save_to_preset(path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_float64_model_needs_a_dtype(tmp_path):
+    backbone = Gemma2Backbone(**TINY, dtype="float64")
+    with pytest.raises(ValueError, match="The model is float64.*Pass one as `dtype=`"):
+        backbone.export_to_transformers(tmp_path / "out")
+    backbone.export_to_transformers(tmp_path / "out", "float32")
+    scale = load(tmp_path / "out").model.norm.weight
+    assert str(scale.dtype) == "torch.float32"
+
+
 def test_progress_counts_every_byte(lm, tmp_path):
     weights, written = outgoing_from_backbone(lm.backbone), []
     write_folder(str(tmp_path), weights, progress=written.append)
@@ -338,6 +366,74 @@ def test_keras_hub_loads_its_own_format(lm, tmp_path):
     assert not (tmp_path / "bare/tokenizer.json").exists()
     with pytest.raises(TypeError, match="'dtype'"):
         ours.save_to_preset(tmp_path / "out", format="keras_hub", dtype="float16")
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.filterwarnings("ignore:Gemma 2's activations", "ignore:keras-hub 0.32 has no place", "ignore:The preset")
+def test_keras_hubs_format_keeps_a_mixed_policy(tmp_path, policy):
+    import keras_hub
+
+    size = {"rope_max_wavelength": 1e4, "layer_norm_epsilon": 1e-6, "query_pre_attn_scalar": None}
+    backbone = Gemma2Backbone(**{**TINY, **size}, dtype=policy)
+    backbone.save_to_preset(tmp_path / "out", format="keras_hub")
+    # keras-hub's loader takes Keras's policy of the moment whatever a float preset says; its class takes the config's.
+    meant = keras.saving.deserialize_keras_object(read(tmp_path / "out", "config.json"))
+    assert isinstance(meant, keras_hub.models.GemmaBackbone)
+    theirs = keras_hub.models.GemmaBackbone.from_preset(str(tmp_path / "out"), dtype=policy)
+    ours = Gemma2Backbone.from_preset(tmp_path / "out")
+    assert meant.dtype_policy.name == theirs.dtype_policy.name == ours.dtype_policy.name == policy
+    assert {v.dtype for v in (*theirs.variables, *ours.variables)} == {"float32"}
+    assert theirs.layers[-1].compute_dtype == policy.removeprefix("mixed_")
+    expected = keras.ops.convert_to_numpy(backbone.token_embedding.embeddings)
+    for loaded in (theirs, ours):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(loaded.token_embedding.embeddings), expected)
+
+
+WHOLE = {
+    "preset": lambda lm, folder: lm.save_to_preset(folder),
+    "keras_hub": lambda lm, folder: lm.save_to_preset(folder, format="keras_hub"),
+    "hugging_face": lambda lm, folder: lm.export_to_transformers(folder),
+}
+HELD = {"preset": "a preset of this package", "keras_hub": "a preset of keras-hub", "hugging_face": "Hugging Face"}
+
+
+@pytest.mark.filterwarnings("ignore:keras-hub 0.32", "ignore:The preset")
+@pytest.mark.parametrize("first", WHOLE)
+def test_a_part_is_not_saved_beside_another_format(lm, tmp_path, first):
+    """config.json and tokenizer.json mean different things: the folder would be read as neither."""
+    size = {"rope_max_wavelength": 1e4, "layer_norm_epsilon": 1e-6, "query_pre_attn_scalar": None, "vocabulary_size": 600}
+    lm = Gemma2CausalLM(Gemma2Backbone(**{**TINY, **size}), lm.preprocessor)
+    folder = tmp_path / "out"
+    WHOLE[first](lm, folder)
+    before = snapshot(folder)
+    saves = [(save, part) for save in WHOLE for part in (lm.backbone, lm.preprocessor, lm.preprocessor.tokenizer)]
+    for save, part in saves:
+        if save == first or (save == "keras_hub" and part is not lm.backbone):  # of which only models are saved
+            continue
+        with pytest.raises(CheckpointError, match=f"out' holds .*{HELD[first]}.*whole `Gemma2CausalLM`.*another folder"):
+            WHOLE[save](part, folder)
+        assert snapshot(folder) == before
+    if first != "keras_hub":  # a part of the same format is replaced as ever
+        for part in (lm.backbone, lm.preprocessor, lm.preprocessor.tokenizer):
+            WHOLE[first](part, folder)
+    assert os.listdir(tmp_path) == ["out"]
+    for save in WHOLE:  # a whole model replaces everything
+        WHOLE[save](lm, folder)
+        assert Gemma2CausalLM.from_preset(folder).preprocessor is not None
+
+
+def test_a_part_of_another_format_that_is_replaced_whole_does_not_matter(lm, tmp_path):
+    lm.backbone.export_to_transformers(tmp_path / "out")
+    lm.backbone.save_to_preset(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "metadata.json", "model.weights.h5"]
+    lm.preprocessor.save_to_preset(tmp_path / "out")
+    lm.preprocessor.tokenizer.export_to_transformers(tmp_path / "alone")
+    lm.preprocessor.save_to_preset(tmp_path / "alone")
+    assert Gemma2CausalLMPreprocessor.from_preset(tmp_path / "alone").sequence_length == 32
+
+
+def snapshot(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_preset_over_another_keeps_nothing_of_it_but_foreign_files(lm, tmp_path):

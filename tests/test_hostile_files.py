@@ -164,7 +164,7 @@ def test_values_that_are_not_finite_are_warned_of_by_name(folder):
         Gemma2Backbone.from_preset(folder)
     said = sorted(str(w.message) for w in caught if "NaN" in str(w.message))
     assert len(said) == 2 and str(folder) in said[0]
-    assert "'decoder_block_1/feed_forward/up/kernel'" in said[0] and "'final_norm/scale'" in said[1]
+    assert "'model.layers.1.mlp.up_proj.weight'" in said[0] and f"'{NORM}'" in said[1]
 
 
 # The index --------------------------------------------------------------------------------------------------------------
@@ -437,6 +437,125 @@ def test_a_vocabulary_outside_of_the_preset_is_not_read(seeds, tmp_path, custom)
         assert "<unused38>" in Gemma2Tokenizer.from_preset(folder).get_vocabulary()
 
 
+# Tokens of a fine-tune --------------------------------------------------------------------------------------------------
+
+TOKENS = {
+    "added_tokens.json": [
+        ({"<x>": "600"}, "'<x>' must name added tokens"),
+        ({"<x>": -1}, "'<x>' must name added tokens"),
+        ({"<x>": True}, "'<x>' must name added tokens"),
+        ({"": 600}, "'' must name added tokens"),
+        ({"\ud800": 600}, "must name added tokens"),
+        ({"a\0b": 600}, "must name added tokens"),
+        ({"<x>": 600, "<y>": 600}, "the id 600 to '<y>'; '<x>' has it already"),
+        ({"<x>": 1_000_000}, "'<x>' has the id 1000000, far beyond the 600 pieces"),
+    ],
+    "tokenizer_config.json": [
+        ({"added_tokens_decoder": []}, "'added_tokens_decoder' must name"),
+        ({"added_tokens_decoder": {"x": {"content": "<x>"}}}, "'added_tokens_decoder' must name"),
+        ({"added_tokens_decoder": {"600": {}}}, "'added_tokens_decoder' must name"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "<x>"}}}, "'added_tokens_decoder' must name"),
+    ],
+    "tokenizer.json": [
+        ({"model": {}, "added_tokens": 5}, "'added_tokens' must name"),
+        ({"added_tokens": [5]}, "'added_tokens' must name"),
+        ({"added_tokens": [{"id": 600}]}, "'added_tokens' must name"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name, values, message", [(name, *case) for name, cases in TOKENS.items() for case in cases])
+def test_malformed_added_tokens_are_refused(folder, name, values, message):
+    edit(folder / "config.json", vocab_size=2_000_000)
+    (folder / name).write_text(json.dumps(values))
+    refused(folder, message, load=Gemma2Tokenizer.from_preset)
+
+
+# What people have instead -----------------------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4241003\n"
+
+
+@pytest.mark.parametrize(
+    "seed, name",
+    [
+        ("hugging_face", WEIGHTS),
+        ("hugging_face", "config.json"),
+        ("hugging_face", "tokenizer.model"),
+        ("hugging_face sharded", INDEX),
+        ("tokenizer.json", "tokenizer.json"),
+        ("keras_gemma2", "model.weights.h5"),
+        ("keras_gemma2", "assets/tokenizer/vocabulary.spm"),
+        ("gemma_pytorch", "model.ckpt"),
+        ("gguf f32", "model.gguf"),
+    ],
+)
+def test_pointers_of_git_lfs_are_called_that(seeds, tmp_path, seed, name):
+    folder = shutil.copytree(seeds(seed), tmp_path / "model")
+    (folder / name).write_text(POINTER)
+    message = f"{os.path.basename(name)} is a git-lfs pointer, not the file itself: run `git lfs pull`.*`hf download`"
+    refused(folder, message)
+    if name.endswith((".gguf", ".ckpt", ".safetensors")):
+        refused(folder / name, message)
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_adapters_are_called_that(folder, config):
+    shutil.move(folder / WEIGHTS, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2-2b"}))
+    (folder / "training_args.bin").write_bytes(b"x")
+    if not config:
+        (folder / "config.json").unlink()
+    refused(folder, "is a LoRA adapter of 'google/gemma-2-2b', not a model: load the base model")
+    if config:  # merged, with the adapter left lying beside
+        shutil.move(folder / "adapter_model.safetensors", folder / WEIGHTS)
+        Gemma2Backbone.from_preset(folder)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+def test_quantized_folders_are_called_that(folder, method):
+    edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    refused(folder, f"config.json: `quantization_config`.*quant_method='{method}'.*Take the unquantized model")
+
+
+UNFINISHED = ["model.safetensors.incomplete", ".cache/huggingface/download/x.incomplete", "a.part", "b.crdownload"]
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_downloads_that_are_not_complete_are_called_that(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).rename(folder / name)
+    refused(folder, f"No {WEIGHTS} .*The download is not complete: '{name}' is there", MissingFileError)
+
+
+def test_other_formats_downloads_that_are_not_complete(seeds, sharded, tmp_path):
+    preset = shutil.copytree(seeds("keras_gemma2"), tmp_path / "preset")
+    (preset / "model.weights.h5").rename(preset / "model.weights.h5.part")
+    refused(preset, "The download is not complete: 'model.weights.h5.part' is there", MissingFileError)
+    shard = next(sharded.glob("model-*.safetensors"))
+    shard.rename(f"{shard}.incomplete")
+    refused(sharded, f"names the file '{shard.name}'.*The download is not complete", MissingFileError)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.model"])
+def test_one_file_of_a_folder(folder, name):
+    assert "archive" not in refused(folder / name, f"{name}' is one of several.*pass its folder, '{folder}'")
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.zip", "model.tar", "model.tar.gz"])
+def test_archives(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    refused(tmp_path / name, "is no checkpoint.*Unpack an archive first and pass its folder")
+
+
+def test_other_heads_are_called_by_name(folder):
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    safetensors.numpy.save_file({**tensors, "score.weight": np.ones((2, 256), "float32")}, folder / WEIGHTS)
+    refused(folder, r"Unknown: \['score.weight'\] \(1 in all\)")
+    edit(folder / "config.json", architectures=["Gemma2ForSequenceClassification"])
+    refused(folder, r"is no causal language model: .*Gemma2ForSequenceClassification.*\['score.weight'\]")
+
+
 # Files ------------------------------------------------------------------------------------------------------------------
 
 
@@ -444,8 +563,9 @@ def test_folders_that_hold_nothing(tmp_path):
     refused(tmp_path, r"is no preset: it has no config.json .*It holds: \[\]. Pass the folder")
     (tmp_path / "readme.txt").write_text("x")
     refused(tmp_path, r"It holds: \['readme.txt'\]")
-    refused(tmp_path / "readme.txt", "is no checkpoint that this package reads.*Unpack an archive first")
-    refused(tmp_path / "nothing", "Unknown preset.*no folder or file")
+    text = refused(tmp_path / "readme.txt", r"is no checkpoint that this package reads.*\.gguf, \.ckpt, \.pt, \.pth, \.bin")
+    assert "archive" not in text
+    refused(tmp_path / "nothing", "[Nn]o folder or file")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")

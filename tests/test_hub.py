@@ -120,7 +120,7 @@ def held(where):
 
 
 SMALL = {"config.json", "generation_config.json"}
-TOKENIZER = SMALL | {"tokenizer.model"}
+TOKENIZER = SMALL | {"tokenizer.model", "tokenizer_config.json"}
 
 
 def shards(folder):
@@ -315,6 +315,7 @@ def test_gemma_pytorch_and_flax_are_fetched_whole(server, tmp_path):
         (("README.md",), None, "has no weights. Read are .*README.md"),
         (("model.safetensors",), None, "has weights but no config.json"),
         (("adapter_config.json", "adapter_model.safetensors"), None, "is a LoRA adapter.*merged model"),
+        (("adapter_config.json", "adapter_model.safetensors"), HF_CONFIG, "is a LoRA adapter.*base model"),
         (("a.ckpt", "b.ckpt"), {}, "several checkpoints.*a.ckpt.*b.ckpt"),
         (("2b/_METADATA", "9b/_METADATA"), None, "several checkpoints.*2b/_METADATA"),
     ],
@@ -323,6 +324,15 @@ def test_models_without_files_that_are_read(server, tmp_path, names, config, mes
     server.models[NAME] = listing(tmp_path, *names, config=config)
     with pytest.raises(CheckpointError, match=message):
         hub.fetch(HF, hub.WEIGHTS)
+
+
+def test_tokenizer_json_is_fetched_where_it_alone_has_the_last_tokens(server, folder, tmp_path):
+    tuned = shutil.copytree(folder, tmp_path / "tuned")
+    (tuned / "config.json").write_text(json.dumps({**json.loads((tuned / "config.json").read_text()), "vocab_size": 602}))
+    server.models = {NAME: tuned, "google/explained": shutil.copytree(tuned, tmp_path / "explained")}
+    (tmp_path / "explained" / "added_tokens.json").write_text(json.dumps({"<x>": 600, "<y>": 601}))
+    assert held(hub.fetch(HF, hub.TOKENIZER)) == TOKENIZER | {"tokenizer.json"}
+    assert held(hub.fetch("hf://google/explained", hub.TOKENIZER)) == TOKENIZER | {"added_tokens.json"}
 
 
 def test_revisions(server, folder, tmp_path):
@@ -558,23 +568,24 @@ def test_modelscope_without_a_network(modelscope, cut_off, folder):
         hub.fetch(MODELSCOPE, hub.WEIGHTS)
 
 
+MODELSCOPE_REFUSALS = {
+    401: "refused the login.*modelscope login.*MODELSCOPE_API_TOKEN",
+    403: "Accept them .* on https://modelscope.cn/models/google/gemma-2-2b",
+    404: "has no public model 'google/gemma-2-2b'.*https://modelscope.cn/models/google/gemma-2-2b",
+    429: "Wait",
+    500: "Try again later",
+}
+
+
 @pytest.mark.parametrize(
-    "status, message",
-    [
-        (401, "refused the login.*modelscope login.*MODELSCOPE_API_TOKEN"),
-        (403, "Accept them .* on https://modelscope.cn/models/google/gemma-2-2b"),
-        (404, "has no public model 'google/gemma-2-2b'.*https://modelscope.cn/models/google/gemma-2-2b"),
-        (429, "Wait"),
-        (500, "Try again later"),
-    ],
+    "mark, status",
+    # The library repeats a file's download for half a minute at 429 and 500.
+    [*(("repo/files", status) for status in MODELSCOPE_REFUSALS), *(("FilePath", status) for status in (401, 403, 404))],
 )
-@pytest.mark.parametrize("mark", ["repo/files", "FilePath"], ids=["list", "file"])
-def test_modelscope_refusals(modelscope, folder, mark, status, message):
-    if mark == "FilePath" and status >= 429:
-        pytest.skip("the library repeats a file's download for half a minute")
+def test_modelscope_refusals(modelscope, folder, mark, status):
     modelscope.models[NAME] = folder
     modelscope.errors[mark] = (status, {"Content-Type": "application/json"}, '{"Code": 1, "Message": "refused", "Success": false}')
-    with pytest.raises(HubError, match=message):
+    with pytest.raises(HubError, match=MODELSCOPE_REFUSALS[status]):
         hub.fetch(MODELSCOPE, hub.CONFIG)
 
 

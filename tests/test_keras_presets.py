@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import shutil
 import warnings
 
@@ -212,6 +213,35 @@ def test_shard_sizes():
     for wrong in (0, -1, "5 apples", True, [], float("nan")):
         with pytest.raises(ValueError, match="max_shard_size"):
             shard_bytes(wrong)
+
+
+@pytest.mark.parametrize("format", ["keras_gemma2", "keras_hub"])
+@pytest.mark.filterwarnings("ignore:keras-hub 0.32")
+def test_shard_sizes_of_a_model(tmp_path, arguments, format):
+    """As a number of GB or as a text; a wrong one is refused before anything is written."""
+    same = {"rope_max_wavelength": 1e4, "layer_norm_epsilon": 1e-6, "query_pre_attn_scalar": None}  # what keras-hub can express
+    backbone = random_backbone({**arguments, **same})
+    for name, size in (("text", "120KB"), ("number", 120_000 / 2**30), ("whole", None), ("large", "5GB")):
+        backbone.save_to_preset(tmp_path / name, format=format, max_shard_size=size)
+    assert files(tmp_path / "text") == files(tmp_path / "number") and "model_00001.weights.h5" in files(tmp_path / "text")
+    assert (
+        files(tmp_path / "whole")
+        == files(tmp_path / "large")
+        == ["config.json", "metadata.json", "model.weights.h5", *TASK[format]]
+    )
+    for path in (tmp_path / "text").glob("*.h5"):
+        assert sum(len(data) for *_, data in datasets(path).values()) <= 120_000
+    assert bits(Gemma2Backbone.from_preset(tmp_path / "text")) == bits(backbone)
+    before = files(tmp_path)
+    for wrong in ("foo", 0, -1, "", True, [1], "5 apples"):
+        with pytest.raises(ValueError, match=r"`max_shard_size` must be .*" + re.escape(repr(wrong))):
+            backbone.save_to_preset(tmp_path / "new", format=format, max_shard_size=wrong)
+    with pytest.raises(TypeError, match=r"Gemma2Tokenizer.save_to_preset` takes .*max_shard_size"):
+        Gemma2Tokenizer(train_vocabulary()).save_to_preset(tmp_path / "new", max_shard_size=1)
+    assert files(tmp_path) == before
+
+
+TASK = {"keras_gemma2": [], "keras_hub": ["task.json"]}  # the second's writer writes whole models
 
 
 # The four classes -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from keras_gemma2 import staging
 from keras_gemma2.errors import CheckpointError
 from keras_gemma2.staging import TOKENIZER_FILES, replacing_folder
 
+pytestmark = pytest.mark.backend_free
 NAMES = ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "assets/tokenizer/vocabulary.spm")
 
 
@@ -80,6 +81,24 @@ def test_stale_files_go_and_the_users_own_stay(tmp_path, monkeypatch, exchange):
     assert versions(target, NAMES[:2]) == {"new", 2000} and os.listdir(tmp_path) == ["model"]
 
 
+def test_no_file_that_no_writer_names_is_dropped(tmp_path):
+    """What people, trainers and PEFT put beside a checkpoint."""
+    mine = [
+        *("epoch_03.weights.h5", "my.weights.h5", "model_final.weights.h5", "my.weights.json", "task.weights.h5"),
+        *("adapter_model.safetensors", "optimizer.safetensors", "model-best.safetensors", "model-first-of-three.safetensors"),
+        *("adapter_model.safetensors.index.json", "pytorch_model_fsdp.bin", "pytorch_model-old.bin", "Model.safetensors"),
+    ]
+    written = [
+        *("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "model.weights.h5"),
+        *("model_00000.weights.h5", "model.weights.json", "pytorch_model.bin", "pytorch_model-00002-of-00002.bin"),
+        *("pytorch_model.bin.index.json", "config.json", "task.json", "metadata.json", "generation_config.json"),
+    ]
+    write(tmp_path / "model", "old", [*mine, *written])
+    replace(tmp_path / "model", names=["config.json"], owned=staging.MODEL_FILES)
+    assert set(snapshot(tmp_path / "model")) == {*mine, "config.json"}
+    assert versions(tmp_path / "model", mine) == {"old", 2000} and versions(tmp_path / "model", ["config.json"]) == {"new", 2000}
+
+
 def test_only_owned_files_are_dropped(tmp_path):
     """A tokenizer saved into a model's folder leaves the model there."""
     write(tmp_path / "model", "old", ["model.safetensors", "tokenizer.model", "tokenizer.json"])
@@ -102,7 +121,7 @@ def test_an_error_leaves_everything_as_it_was(tmp_path, error):
     for target in (tmp_path / "model", tmp_path / "not" / "yet"):
         with pytest.raises(error), replacing_folder(target) as folder:
             write(folder, "new", NAMES[:2])
-            raise error
+            raise error("stopped")
     assert snapshot(tmp_path) == before and os.listdir(tmp_path) == ["model"]
 
 
@@ -116,10 +135,50 @@ def test_a_link_stays_and_its_folder_is_replaced(tmp_path):
 
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "model").write_text("mine")
-    for target in (tmp_path / "model", tmp_path / "model" / "below"):
-        with pytest.raises(CheckpointError, match=r"model"), replacing_folder(target):
+    cases = {"model": "model' is a file; a checkpoint is a folder"}
+    cases |= {name: f"model' is a file, so .*{name}' below it" for name in ("model/below", "model/far/below")}
+    for name, message in cases.items():
+        with pytest.raises(CheckpointError, match=message), replacing_folder(tmp_path / name):
             raise AssertionError
     assert (tmp_path / "model").read_text() == "mine" and os.listdir(tmp_path) == ["model"]
+
+
+def test_links_that_lead_to_themselves_are_named(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for name in ("a", "a/below"):
+        with (
+            pytest.raises(CheckpointError, match="/[ab]' is a symbolic link that leads back to itself"),
+            replacing_folder(tmp_path / name),
+        ):
+            raise AssertionError
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    replace("~/model")
+    replace(Path("~/other"))
+    assert os.listdir(tmp_path) == ["home"] and sorted(os.listdir(tmp_path / "home")) == ["model", "other"]
+
+
+@pytest.mark.parametrize(
+    "path, error, message",
+    [
+        ("", CheckpointError, "`target` must be the path of a folder"),
+        ("a\0b", CheckpointError, "`target` has a character that no path can have"),
+        ("a\ud800", CheckpointError, "`target` has a character that no path can have"),
+        (3, TypeError, "`target` must be .*Received: 3"),
+        (None, TypeError, "`target` must be .*Received: None"),
+        (b"folder", TypeError, "`target` must be .*Received: b'folder'"),
+    ],
+)
+def test_what_is_no_path_is_refused(tmp_path, monkeypatch, path, error, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message), replacing_folder(path):
+        raise AssertionError
+    assert os.listdir(tmp_path) == []
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path):
@@ -223,7 +282,6 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from keras_gemma2.staging import replacing_folder
 
-pytestmark = pytest.mark.backend_free
 version = 0
 while True:
     version += 1

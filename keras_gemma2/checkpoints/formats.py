@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 
 from keras_gemma2.checkpoints.source import (
     CONFIG_FILE,
@@ -15,6 +16,10 @@ from keras_gemma2.checkpoints.source import (
     KERAS_HUB,
     Source,
     find_file,
+    read_json,
+    refuse_lfs_pointer,
+    shown,
+    unfinished_download,
 )
 from keras_gemma2.errors import CheckpointError
 
@@ -33,6 +38,13 @@ READERS = {
     GGUF: "keras_gemma2.checkpoints.gguf",
 }
 
+ADAPTER_FILE = "adapter_config.json"  # https://huggingface.co/docs/peft/developer_guides/checkpoint
+_WEIGHTS = (".safetensors", ".weights.h5", ".bin", ".ckpt", ".gguf")
+_TRAINING_STATE = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+_SINGLE_FILES = (".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_PARTS_OF_FOLDERS = (".safetensors", ".json", ".h5", ".model", ".spm")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".keras")
+
 
 def find_source(name: str, path: str) -> Source:
     """Finds out by its content what a local folder or file is.
@@ -44,15 +56,13 @@ def find_source(name: str, path: str) -> Source:
     Raises:
         CheckpointError: if it is no Gemma 2 that this package reads; says what it is instead.
     """
+    _refuse_adapter(path)
     for module in READERS.values():
         source = importlib.import_module(module).read_source(name, path)
         if source is not None:
             return source
     if os.path.isfile(path):
-        raise CheckpointError(
-            f"The file {path!r} is no checkpoint that this package reads: those are .gguf and .ckpt files, and folders. "
-            "Unpack an archive first and pass its folder."
-        )
+        raise _unreadable_file(path)
     try:
         held = sorted(os.listdir(path))[:10]
     except OSError as error:
@@ -64,8 +74,43 @@ def find_source(name: str, path: str) -> Source:
         )
     raise CheckpointError(
         f"The folder {path!r} is no preset: it has no {CONFIG_FILE} and no other checkpoint. It holds: {held}. "
-        "Pass the folder with the model's files in it, or download them."
+        f"Pass the folder with the model's files in it, or download them.{unfinished_download(path)}"
     )
+
+
+def _unreadable_file(path: str) -> CheckpointError:
+    name = os.path.basename(path).lower()
+    if name.endswith(_PARTS_OF_FOLDERS):
+        refuse_lfs_pointer(path)
+        folder = os.path.dirname(path) or "."
+        return CheckpointError(f"The file {path!r} is one of several that make a checkpoint: pass its folder, {folder!r}.")
+    what = f"The file {path!r} is no checkpoint that this package reads."
+    if name.endswith(_ARCHIVES):
+        return CheckpointError(f"{what} Unpack an archive first and pass its folder.")
+    return CheckpointError(f"{what} Those are folders, and single files in {', '.join(_SINGLE_FILES)}.")
+
+
+def _refuse_adapter(folder: str) -> None:
+    """A folder with an adapter and no weights of a whole model, whatever else is in it."""
+    path = find_file(folder, ADAPTER_FILE)
+    if path is None:
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return  # the readers say why
+    if not has_whole_model(names):
+        base = read_json(path).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"The folder {folder!r} is a LoRA adapter of {shown(base)}, not a model: load the base model, or merge the two with "
+            "peft's `merge_and_unload` and pass the result."
+        )
+
+
+def has_whole_model(names: Iterable[str]) -> bool:
+    """Whether files beside an adapter's hold a model's weights, merged ones perhaps."""
+    own = [name for name in names if not name.startswith("adapter_model")]
+    return any(name.endswith(_WEIGHTS) and name not in _TRAINING_STATE for name in own)
 
 
 def vocabulary(source: Source) -> bytes | None:

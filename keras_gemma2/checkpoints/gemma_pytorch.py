@@ -12,7 +12,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from keras_gemma2.checkpoints.source import GEMMA_PYTORCH, HUGGING_FACE, Source, file_inside, find_file, read_json
+from keras_gemma2.checkpoints.source import (
+    GEMMA_PYTORCH,
+    HUGGING_FACE,
+    Source,
+    file_inside,
+    find_file,
+    read_json,
+    refuse_lfs_pointer,
+)
 from keras_gemma2.checkpoints.torch_zip import BoundedFile, is_mappable, memory_maps
 from keras_gemma2.checkpoints.without_config import (
     file_names,
@@ -150,6 +158,8 @@ class DequantizedTensor:
         scaler: the factor of each row.
     """
 
+    is_quantized = True
+
     def __init__(self, codes: Any, scaler: Any) -> None:
         import numpy as np
 
@@ -203,6 +213,7 @@ def _load(path: str) -> tuple[Any, bool]:
         import torch
     except ImportError as error:
         raise CheckpointError(f"{path} is a PyTorch checkpoint, and reading it needs torch: pip install torch.") from error
+    refuse_lfs_pointer(path)
     mapped = is_mappable(path)
     try:
         if mapped:

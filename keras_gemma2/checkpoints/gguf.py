@@ -19,7 +19,7 @@ from typing import Any
 
 from keras_gemma2.checkpoints.gguf_header import PLAIN_TYPES, Array, Header, TensorInfo, is_gguf, read_header
 from keras_gemma2.checkpoints.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, build_model
-from keras_gemma2.checkpoints.source import CONFIG_FILE, GGUF, Source
+from keras_gemma2.checkpoints.source import CONFIG_FILE, GGUF, Source, refuse_lfs_pointer
 from keras_gemma2.config import GLOBAL, LOCAL, Gemma2Config
 from keras_gemma2.errors import CheckpointError, MissingFileError
 
@@ -109,6 +109,7 @@ def _model_file(path: str) -> str | None:
         if is_gguf(path):
             return _part(path, 1)
         if path.lower().endswith(".gguf"):
+            refuse_lfs_pointer(path)
             raise CheckpointError(f"{path} is no GGUF file: it does not start with 'GGUF'. Download it again.")
         return None
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, CONFIG_FILE)):

@@ -28,6 +28,8 @@ class QuantizedTensor:
         dequantize: from uint8 [rows, bytes] to float32 [rows, columns].
     """
 
+    is_quantized = True
+
     def __init__(self, rows: Any, columns: int, dequantize: Callable[[np.ndarray], np.ndarray]) -> None:
         self._rows, self._dequantize = rows, dequantize
         self.shape, self.dtype = (rows.shape[0], columns), np.dtype("float32")

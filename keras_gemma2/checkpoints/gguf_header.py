@@ -13,6 +13,7 @@ import os
 import struct
 from typing import Any
 
+from keras_gemma2.checkpoints.source import refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -118,6 +119,7 @@ class _Parser:
 
     def header(self) -> Header:
         if self.take(4) != MAGIC:
+            refuse_lfs_pointer(self.path)
             raise self.broken("it does not start with 'GGUF'")
         self.check_version(self.scalar("I"))
         tensor_count, value_count = self.scalar("Q"), self.scalar("Q")

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from keras_gemma2.checkpoints.source import refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -122,6 +123,7 @@ class _Reader:
         self.found: dict[str, H5Tensor] = {}
 
     def tensors(self) -> dict[str, H5Tensor]:
+        refuse_lfs_pointer(self.path)
         head = self.read(0, 96)
         if not head.startswith(SIGNATURE):
             raise self.error("is not an HDF5 file")

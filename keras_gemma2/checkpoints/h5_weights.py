@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from keras_gemma2.checkpoints.h5_file import BFLOAT16, H5Tensor, LastTensor, open_h5
-from keras_gemma2.checkpoints.source import file_inside, find_file, read_json
+from keras_gemma2.checkpoints.source import file_inside, find_file, read_json, unfinished_download
 from keras_gemma2.errors import CheckpointError, MissingFileError
 
 WEIGHTS_FILE = "model.weights.h5"
@@ -56,7 +56,9 @@ def _weight_files(folder: str) -> list[str]:
         return [single]
     index = find_file(folder, INDEX_FILE)
     if index is None:
-        raise MissingFileError(f"No {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}. Download the weights.")
+        raise MissingFileError(
+            f"No {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}. Download the weights.{unfinished_download(folder)}"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} must hold a `weight_map` from weights to files. Download it again.")

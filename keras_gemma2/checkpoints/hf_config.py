@@ -122,6 +122,13 @@ def _refuse_other_models(values: Mapping[str, Any]) -> None:
             "`config.json` must describe a Gemma 2 model (model_type 'gemma2'). Received: "
             f"model_type={shown(values.get('model_type'))}."
         )
+    quantization = values.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ValueError(
+            f"`quantization_config` says that the weights are quantized, with quant_method={shown(method)}, which this package "
+            "does not read. Take the unquantized model, such as the one it was made of, or a GGUF."
+        )
     activation = values.get("hidden_activation") or values.get("hidden_act") or ACTIVATION
     if activation != ACTIVATION:
         raise ValueError(f"`hidden_activation` must be {ACTIVATION!r} for Gemma 2. Received: {shown(activation)}.")

@@ -11,12 +11,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from keras_gemma2.checkpoints.hf import GENERATION_FILE, INDEX_FILE, TOKENIZER_FILE, TOKENIZER_JSON_FILE, WEIGHTS_FILE
+from keras_gemma2.checkpoints.hf import CHAT_TEMPLATE_FILE, GENERATION_FILE, INDEX_FILE, TOKENIZER_FILE, WEIGHTS_FILE
 from keras_gemma2.checkpoints.hf_config import config_to_hugging_face
-from keras_gemma2.checkpoints.source import CONFIG_FILE, HUGGING_FACE
+from keras_gemma2.checkpoints.source import CONFIG_FILE, HUGGING_FACE, TOKENIZER_JSON_FILE
 from keras_gemma2.checkpoints.tokenizer_json import TURNS, to_tokenizer_json
 from keras_gemma2.errors import CheckpointError
 
@@ -65,6 +65,7 @@ def write_folder(
     stop_token_ids: tuple[int, ...] = (),
     max_shard_size: str | int = "5GB",
     progress: Callable[[int], Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a causal language model, tensor by tensor.
 
@@ -75,6 +76,8 @@ def write_folder(
         stop_token_ids: where generation stops besides the tokenizer's own stop tokens.
         max_shard_size: largest size of one file, as bytes or a text such as "5GB" (decimal); a larger tensor has its own.
         progress: called with the number of bytes just written.
+        extra: as `hf.extra_settings` returns it: `chat_template`, used in place of Gemma's, and `generation_config`, settings
+            to write beside the ids of tokens.
 
     Raises:
         ValueError: for a `max_shard_size` that is no size.
@@ -91,19 +94,26 @@ def write_folder(
     _write_json(os.path.join(folder, CONFIG_FILE), config)
     stop = dict.fromkeys((ids["<eos>"], ids[TURN_END], *stop_token_ids))
     stop = [i for i in stop if i is not None and i < weights.config.vocabulary_size]
-    generation = {"bos_token_id": ids["<bos>"], "eos_token_id": stop, "pad_token_id": ids["<pad>"]}
+    extra = extra or {}
+    generation = {
+        **extra.get("generation_config", {}),
+        "bos_token_id": ids["<bos>"],
+        "eos_token_id": stop,
+        "pad_token_id": ids["<pad>"],
+    }
     _write_json(os.path.join(folder, GENERATION_FILE), generation)
     if proto is not None:
-        write_tokenizer(folder, proto)
+        write_tokenizer(folder, proto, extra.get("chat_template", CHAT_TEMPLATE))
 
 
-def write_tokenizer(folder: str, proto: bytes) -> None:
+def write_tokenizer(folder: str, proto: bytes, chat_template: str = CHAT_TEMPLATE) -> None:
     """Writes the files that `AutoTokenizer` reads: the vocabulary in both forms, special tokens and the chat template.
 
     Args:
         folder: where to.
         proto: the serialized SentencePiece model. If it is not of Gemma's kind, it is written without `tokenizer.json`, and
             a warning says so.
+        chat_template: in Jinja.
     """
     with open(os.path.join(folder, TOKENIZER_FILE), "wb") as file:
         file.write(proto)
@@ -123,7 +133,7 @@ def write_tokenizer(folder: str, proto: bytes) -> None:
         "added_tokens_decoder": {str(t["id"]): {name: t[name] for name in flags} for t in values["added_tokens"]},
         **special,
         **turns,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
         "clean_up_tokenization_spaces": False,
         "model_max_length": NO_LIMIT,
         "spaces_between_special_tokens": False,
@@ -132,8 +142,8 @@ def write_tokenizer(folder: str, proto: bytes) -> None:
     }
     _write_json(os.path.join(folder, "tokenizer_config.json"), config)
     _write_json(os.path.join(folder, "special_tokens_map.json"), {**special, **turns})
-    with open(os.path.join(folder, "chat_template.jinja"), "w", encoding="utf-8") as file:
-        file.write(CHAT_TEMPLATE)
+    with open(os.path.join(folder, CHAT_TEMPLATE_FILE), "w", encoding="utf-8") as file:
+        file.write(chat_template)
 
 
 def parse_size(size: str | int) -> int:
@@ -168,7 +178,7 @@ def _shards(weights: OutgoingWeights, limit: int) -> Iterator[dict[str, str]]:
     shapes, held = weights.shapes, 0
     shard: dict[str, str] = {}
     for path, cell in rows_for(weights.config, HUGGING_FACE):
-        size = math.prod(shapes[path]) * weights.dtype.itemsize
+        size = math.prod(shapes[path]) * weights.dtype_of(path).itemsize
         if shard and held + size > limit:
             yield shard
             shard, held = {}, 0
@@ -185,7 +195,7 @@ def _write_weights(folder: str, weights: OutgoingWeights, limit: int, progress: 
     names = [WEIGHTS_FILE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     shapes = weights.shapes
     for name, shard in zip(names, shards):
-        tensors = {key: (shapes[path], weights.dtype, weights.blocks(path)) for key, path in shard.items()}
+        tensors = {key: (shapes[path], weights.dtype_of(path), weights.blocks(path)) for key, path in shard.items()}
         write_safetensors(os.path.join(folder, name), tensors, progress)
     if count > 1:
         metadata = {"total_parameters": weights.config.parameter_count(), "total_size": weights.nbytes}
@@ -222,7 +232,7 @@ def export_model(
     parse_size(max_shard_size)
     weights = outgoing_from_backbone(backbone, dtype)
     if config_dtype is not None:
-        weights = dataclasses.replace(weights, policy=stored(config_dtype).name)
+        weights = dataclasses.replace(weights, policy=stored(config_dtype, "config_dtype").name)
     proto, stop = (None, ()) if tokenizer is None else (tokenizer.proto, tokenizer.stop_token_ids)
     with replacing_folder(target, weights.nbytes + _tokenizer_bytes(proto), owned) as folder:
         write_folder(folder, weights, proto, stop, max_shard_size)

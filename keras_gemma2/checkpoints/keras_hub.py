@@ -23,7 +23,7 @@ from keras_gemma2.checkpoints.keras_objects import (
 from keras_gemma2.checkpoints.sentencepiece_model import read_model
 from keras_gemma2.checkpoints.source import CONFIG_FILE, KERAS_HUB, Source, find_file, read_json
 from keras_gemma2.config import GLOBAL, LOCAL, Gemma2Config
-from keras_gemma2.errors import CheckpointError
+from keras_gemma2.errors import CheckpointError, callers_level
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,7 +177,7 @@ def write_folder(
         folder: an empty folder.
         weights: all weights, and what to store them in.
         proto: the serialized SentencePiece model; None writes a preset without a tokenizer.
-        stop_token_ids: not written: keras-hub's tokenizer has no place for them, pass them to its `generate`.
+        stop_token_ids: not written, with a warning if they are not Gemma's own: keras-hub's tokenizer has no place for them.
         max_shard_size: in GB of 1024 ** 3 bytes, as keras-hub takes it, or a text such as "5GB".
         progress: called with the number of bytes just written.
         preprocessor: arguments of the preprocessor that are not the default ones, such as `sequence_length`.
@@ -191,14 +191,16 @@ def write_folder(
     from keras_gemma2.checkpoints.h5_weights import keras_order, write_weight_files
     from keras_gemma2.checkpoints.weight_map import foreign_shapes, rows_for
 
-    del stop_token_ids
     folder = os.fspath(folder)
     config = weights.config
     arguments = backbone_arguments(config)
+    _warn_of_losses(config, stop_token_ids, preprocessor or {})
     write_json_files(folder, CLASSES, arguments, config, weights.load_dtype, proto, {}, preprocessor)
     rows = {cell.name: (path, cell) for path, cell in rows_for(config, KERAS_HUB)}
     shapes = foreign_shapes(config, dict(rows.values()))
-    tensors = ((name, shapes[name], weights.dtype, _foreign_blocks(weights, *rows[name])) for name in keras_order(rows))
+    tensors = (
+        (name, shapes[name], weights.dtype_of(rows[name][0]), _foreign_blocks(weights, *rows[name])) for name in keras_order(rows)
+    )
     write_weight_files(folder, tensors, weights.nbytes, max_shard_size, progress)
 
 
@@ -243,6 +245,16 @@ def backbone_arguments(config: Gemma2Config) -> dict[str, Any]:
     }
 
 
+def _warn_of_losses(config: Gemma2Config, stop_token_ids: tuple[int, ...], preprocessor: Mapping[str, Any]) -> None:
+    lost = [
+        *([] if config.max_sequence_length == Gemma2Config.max_sequence_length else ["max_sequence_length"]),
+        *([] if preprocessor.get("truncation", "error") == "error" else ["truncation"]),
+        *([] if set(stop_token_ids) <= {1, 107} else ["stop_token_ids"]),
+    ]
+    if lost:
+        _warn(f"has no place for {' and '.join(lost)}, which its preset is written without")
+
+
 def _foreign_blocks(weights: OutgoingWeights, path: str, cell: Foreign) -> Iterator[np.ndarray]:
     if not cell.pattern:
         yield from weights.blocks(path)
@@ -261,4 +273,5 @@ def _inexpressible(name: str, value: Any, possible: Any) -> CheckpointError:
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"keras-hub 0.32 {what}. The files are right; load them with this package instead.", stacklevel=4)
+    message = f"keras-hub 0.32 {what}. The files are right otherwise; load them with this package instead."
+    warnings.warn(message, stacklevel=callers_level())

@@ -81,6 +81,8 @@ class Int8Tensor:
         scale: a lazy tensor.
     """
 
+    is_quantized = True
+
     def __init__(self, shape: tuple[int, ...], reduced: tuple[int, ...], codes: Any, scale: Any) -> None:
         kept = tuple(1 if axis in reduced else size for axis, size in enumerate(shape))
         if math.prod(scale.shape) != math.prod(kept):
@@ -108,6 +110,8 @@ class Int4Tensor:
         codes: a lazy tensor `[rows, columns / 2]`.
         scale: a lazy tensor.
     """
+
+    is_quantized = True
 
     def __init__(self, shape: tuple[int, ...], reduced: tuple[int, ...], codes: Any, scale: Any) -> None:
         self.shape, self.dtype, self._codes = shape, scale.dtype, codes

@@ -19,7 +19,7 @@ from keras_gemma2.config import Gemma2Config
 from keras_gemma2.errors import CheckpointError
 
 VOCABULARY_FILE = os.path.join("assets", "tokenizer", "vocabulary.spm")
-POLICIES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
+POLICIES = ("float64", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 _DEFAULT_LENGTH = 1024  # of a preprocessor's sequences
 
 

@@ -99,5 +99,8 @@ def write_folder(
     config = weights.config
     write_json_files(folder, CLASSES, config.to_dict(), config, weights.load_dtype, proto, stop, preprocessor)
     paths = {cell.name: path for path, cell in rows_for(config, KERAS)}
-    tensors = ((name, weights.shapes[paths[name]], weights.dtype, weights.blocks(paths[name])) for name in keras_order(paths))
+    tensors = (
+        (name, weights.shapes[paths[name]], weights.dtype_of(paths[name]), weights.blocks(paths[name]))
+        for name in keras_order(paths)
+    )
     write_weight_files(folder, tensors, weights.nbytes, max_shard_size, progress)

@@ -13,7 +13,10 @@ ELEMENTS_A_BLOCK = 1 << 19  # a block stays in the processor's cache between bei
 
 
 class Tensor(Protocol):
-    """An array that is read from a file when it is sliced: h5py's datasets, numpy's arrays and our readers' tensors."""
+    """An array that is read from a file when it is sliced: numpy's arrays and our readers' tensors.
+
+    Quantized ones give floats, and say so by an attribute `is_quantized`.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
@@ -79,6 +82,7 @@ class Part:
         self._tensor, self._start, self._stacked = tensor, start, stacked
         self.shape = tuple(tensor.shape[1:]) if stacked else (stop - start, *tensor.shape[1:])
         self.dtype = tensor.dtype
+        self.is_quantized = getattr(tensor, "is_quantized", False)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)

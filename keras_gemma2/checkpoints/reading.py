@@ -13,8 +13,9 @@ import numpy as np
 from keras_gemma2.checkpoints.formats import READERS, find_source, vocabulary
 from keras_gemma2.checkpoints.source import Source
 from keras_gemma2.config import Gemma2Config
+from keras_gemma2.errors import callers_level
 
-__all__ = ["fill", "find_source", "is_finite", "open_weights", "stored_dtype", "vocabulary"]
+__all__ = ["fill", "find_source", "is_finite", "open_weights", "stored_dtype", "vocabulary", "watched"]
 
 # Exponent bits of each width: all of them set means infinity or NaN.
 _NOT_FINITE = {
@@ -56,17 +57,25 @@ def fill(backbone: Any, entries: dict[str, Any], where: str) -> None:
     from keras_gemma2 import backend
 
     for path, variable in backbone.named_weights().items():
-        blocks = _watched(entries[path].row_blocks(), path, where)
+        blocks = watched(entries[path].row_blocks(), entries[path].cell.name, where)
         backend.assign_row_blocks(variable, blocks)
 
 
-def _watched(blocks: Iterator[np.ndarray], path: str, where: str) -> Iterator[np.ndarray]:
+def watched(blocks: Iterator[np.ndarray], name: str, where: str) -> Iterator[np.ndarray]:
+    """The blocks of a weight as they come; warns, once, if values are not finite.
+
+    Args:
+        blocks: of one weight.
+        name: what the checkpoint calls it.
+        where: the checkpoint.
+    """
     warned = False
     for block in blocks:
         if not warned and not is_finite(block):
             warned = True
             warnings.warn(
-                f"The weight {path!r} of {where} has values that are NaN or infinite: its outputs will be NaN.", stacklevel=6
+                f"The weight {name!r} of {where} has values that are NaN or infinite: outputs will be NaN.",
+                stacklevel=callers_level(),
             )
         yield block
 

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from keras_gemma2.checkpoints.source import refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
 DTYPES = {
@@ -79,6 +80,7 @@ def open_safetensors(path: str, stack: Any) -> dict[str, SafetensorsTensor]:
         with safetensors.safe_open(path, framework="numpy") as file:
             names = list(file.keys())
     except (safetensors.SafetensorError, OSError, ValueError) as error:
+        refuse_lfs_pointer(path)
         raise CheckpointError(f"{path} is not a complete safetensors file ({error}). Download it again.") from error
     header, start = _header(descriptor, path)
     if len(names) != len(header):

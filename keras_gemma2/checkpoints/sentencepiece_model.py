@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from keras_gemma2.checkpoints.source import read_bytes
+from keras_gemma2.checkpoints.source import read_bytes, refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
 # `ModelProto.SentencePiece.Type` of sentencepiece's `sentencepiece_model.proto`.
@@ -25,6 +25,7 @@ def read_model(path: str) -> bytes:
             raise ValueError("it is empty")
         sentencepiece.SentencePieceProcessor(model_proto=proto)
     except (RuntimeError, ValueError) as error:  # a UnicodeDecodeError where a message quotes a broken piece
+        refuse_lfs_pointer(path)
         raise CheckpointError(f"{path} is not a SentencePiece model ({error}). Download it again.") from error
     return proto
 

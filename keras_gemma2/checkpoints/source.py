@@ -19,8 +19,12 @@ GGUF = "gguf"
 SIZE_ONLY = "size_only"
 
 CONFIG_FILE = "config.json"
+TOKENIZER_JSON_FILE = "tokenizer.json"
 LONGEST_SHOWN = 100  # characters of a value in a message
 LARGEST_JSON = 256 << 20  # bytes; Gemma's tokenizer.json is 34 MB
+_LFS_POINTER = b"version https://git-lfs.github.com/spec"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # what programs call a file while it comes
+_DOWNLOADS = (".cache", "huggingface", "download")  # where `hf download --local-dir` has those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,7 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:  # a plain ValueError for integers of thousands of digits
+        refuse_lfs_pointer(path)
         raise CheckpointError(f"{path} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object. Received: {type(values).__name__}.")
@@ -95,6 +100,37 @@ def read_bytes(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def refuse_lfs_pointer(path: str) -> None:
+    """For a reader that finds a file not to be of its format: says so if git put a few lines in its place.
+
+    Raises:
+        CheckpointError: if it is a pointer of git-lfs.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(_LFS_POINTER))
+    except OSError:
+        return  # the reader says why
+    if head == _LFS_POINTER:
+        raise CheckpointError(
+            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or download it again with "
+            "`hf download`."
+        )
+
+
+def unfinished_download(folder: str) -> str:
+    """A sentence about what a download that is not complete left in a folder; empty if there is nothing of that kind."""
+    for each in (folder, os.path.join(folder, *_DOWNLOADS)):
+        try:
+            names = sorted(name for name in os.listdir(each) if name.lower().endswith(_UNFINISHED))
+        except OSError:
+            continue
+        if names:
+            found = os.path.relpath(os.path.join(each, names[0]), folder)
+            return f" The download is not complete: {shown(found)} is there. Resume it."
+    return ""
 
 
 def shown(value: Any) -> str:
@@ -121,5 +157,7 @@ def file_inside(folder: str, name: Any, named_by: str) -> str:
         raise CheckpointError(f"{named_by} names the file {shown(name)}; only files of its own folder may be named there.")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise MissingFileError(f"{named_by} names the file {shown(name)}, which is not in the folder. Download it.")
+        raise MissingFileError(
+            f"{named_by} names the file {shown(name)}, which is not in the folder. Download it.{unfinished_download(folder)}"
+        )
     return path

@@ -169,7 +169,7 @@ def from_tokenizer_json(values: Mapping[str, Any], path: str = "tokenizer.json")
         raise _refusal(path, "model.unk_token", "must be a piece of the vocabulary", unknown)
     rank = _made_pieces(model.get("merges"), vocabulary, path)
     pieces = _name_bytes(_in_order(vocabulary, path), path)
-    return _checked(build_model(_typed(pieces, added, unknown, rank, path)), path)
+    return checked(build_model(_typed(pieces, added, unknown, rank, path)), path)
 
 
 def _refusal(path: str, key: str, must: str, received: Any) -> CheckpointError:
@@ -178,11 +178,12 @@ def _refusal(path: str, key: str, must: str, received: Any) -> CheckpointError:
     return CheckpointError(f"{path}: {key!r} {must}. Received: {shown}. Use the tokenizer.model that came with the weights.")
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Whether something may be the id of a token."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_ID
 
 
-def _is_piece(text: Any) -> bool:
+def is_piece(text: Any) -> bool:
     """Whether something is a string that UTF-8 can write, and not empty."""
     return isinstance(text, str) and text != "" and not any("\ud800" <= character <= "\udfff" for character in text)
 
@@ -191,7 +192,7 @@ def _vocabulary(vocabulary: Any, path: str) -> dict[str, int]:
     if not isinstance(vocabulary, Mapping) or not vocabulary:
         raise _refusal(path, "model.vocab", "must map pieces to ids", vocabulary)
     for piece, token_id in vocabulary.items():
-        if not _is_piece(piece) or not _is_id(token_id):
+        if not is_piece(piece) or not is_id(token_id):
             raise _refusal(path, "model.vocab", "must map pieces to ids, which are small integers from 0", {piece: token_id})
     return dict(vocabulary)
 
@@ -205,8 +206,9 @@ def _added(tokens: Any, vocabulary: dict[str, int], path: str) -> set[str]:
     plain = {token_id: piece for piece, token_id in vocabulary.items()}
     for token in tokens:
         content, token_id = (token.get("content"), token.get("id")) if isinstance(token, Mapping) else (None, None)
-        if not _is_piece(content) or not _is_id(token_id):
+        if not is_piece(content) or not is_id(token_id):
             raise _refusal(path, "added_tokens", "must hold tokens with an 'id' and a 'content'", token)
+        content = content if content in vocabulary else content.replace(" ", SPACE)  # as SentencePiece looks for it
         if content not in vocabulary and plain.get(token_id) not in added:  # a fine-tune's name for an unused piece
             vocabulary.pop(plain.get(token_id), None)
         if vocabulary.setdefault(content, token_id) != token_id:
@@ -272,7 +274,8 @@ def _typed(pieces: list[str], added: set[str], unknown: str, rank: dict[str, int
             yield piece, -float(len(rank) + i), NORMAL if len(piece) == 1 else CONTROL
 
 
-def _checked(proto: bytes, path: str) -> bytes:
+def checked(proto: bytes, path: str) -> bytes:
+    """A model that SentencePiece takes; a CheckpointError for another one."""
     import sentencepiece
 
     try:

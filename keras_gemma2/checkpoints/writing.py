@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -29,7 +29,8 @@ class OutgoingWeights:
         config: the model's.
         dtype: what they are to be stored in.
         row_blocks: from one of our paths to consecutive rows of that weight, in any float dtype.
-        policy: the dtype that readers load them in unless told otherwise; None for `dtype`.
+        policy: the dtype policy that readers load them in unless told otherwise; None for `dtype`.
+        dtypes: by path, the dtype of weights that are stored in another one than `dtype`.
 
     Example:
         >>> weights = outgoing_from_backbone(lm.backbone, "bfloat16")
@@ -41,6 +42,11 @@ class OutgoingWeights:
     dtype: np.dtype
     row_blocks: Callable[[str], Iterator[np.ndarray]]
     policy: str | None = None
+    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
+
+    def dtype_of(self, path: str) -> np.dtype:
+        """What a weight is stored in."""
+        return self.dtypes.get(path, self.dtype)
 
     @property
     def load_dtype(self) -> str:
@@ -55,42 +61,47 @@ class OutgoingWeights:
     @property
     def nbytes(self) -> int:
         """Size on disk, in bytes."""
-        return self.config.parameter_count() * self.dtype.itemsize
+        return sum(math.prod(shape) * self.dtype_of(path).itemsize for path, shape in self.shapes.items())
 
     def blocks(self, path: str) -> Iterator[np.ndarray]:
-        """Consecutive rows of a weight, in `dtype`.
+        """Consecutive rows of a weight, in the dtype it is stored in.
 
         Raises:
             CheckpointError: if a finite value does not fit the dtype's range.
         """
+        dtype = self.dtype_of(path)
         for block in self.row_blocks(path):
-            if block.dtype == self.dtype:
+            if block.dtype == dtype:
                 yield block
                 continue
             with np.errstate(over="ignore"):  # an overflow is refused next
-                converted = block.astype(np.float32).astype(self.dtype)
-            if self.dtype.name == "float16" and (np.isinf(converted) & np.isfinite(block.astype(np.float32))).any():
+                converted = block.astype(np.float32).astype(dtype)
+            if dtype.name == "float16" and (np.isinf(converted) & np.isfinite(block.astype(np.float32))).any():
                 largest = np.abs(block.astype(np.float32)).max()
                 raise CheckpointError(f"The weight {path!r} does not fit `dtype` float16: its largest value is {largest}.")
             yield converted
 
     def array(self, path: str) -> np.ndarray:
-        """A whole weight, in `dtype`."""
-        array, start = np.empty(self.shapes[path], self.dtype), 0
+        """A whole weight, in the dtype it is stored in."""
+        array, start = np.empty(self.shapes[path], self.dtype_of(path)), 0
         for block in self.blocks(path):
             array[start : start + len(block)] = block
             start += len(block)
         return array
 
 
-def stored(dtype: str) -> np.dtype:
+def stored(dtype: str, argument: str = "dtype") -> np.dtype:
     """The numpy dtype of a name.
+
+    Args:
+        dtype: the name.
+        argument: what the caller's argument is called, for messages.
 
     Raises:
         ValueError: for one that weights are not stored in.
     """
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"`dtype` must be one of {sorted(STORED_DTYPES)}. Received: {dtype!r}.")
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
+        raise ValueError(f"`{argument}` must be one of {sorted(STORED_DTYPES)}. Received: {dtype!r}.")
     return STORED_DTYPES[dtype]
 
 
@@ -100,9 +111,18 @@ def outgoing_from_backbone(backbone: Any, dtype: str | None = None) -> OutgoingW
     Args:
         backbone: a `Gemma2Backbone`.
         dtype: what to store them in; default that of its variables.
+
+    Raises:
+        ValueError: for a dtype that weights are not stored in.
     """
     from keras_gemma2 import backend
 
+    own = backbone.dtype_policy.variable_dtype
+    if dtype is None and own not in STORED_DTYPES:
+        raise ValueError(
+            f"The model is {own}, and weights are stored in one of {sorted(STORED_DTYPES)}. Pass one as `dtype=` to "
+            "`export_to_transformers`."
+        )
     named = backbone.named_weights()
 
     def row_blocks(path: str) -> Iterator[np.ndarray]:
@@ -110,18 +130,35 @@ def outgoing_from_backbone(backbone: Any, dtype: str | None = None) -> OutgoingW
         rows = max(1, ELEMENTS_A_BLOCK // max(1, math.prod(shape[1:])))
         return backend.numpy_row_blocks(named[path].value, rows)
 
-    return OutgoingWeights(backbone.config, stored(dtype or backbone.dtype_policy.variable_dtype), row_blocks)
+    return OutgoingWeights(backbone.config, stored(own if dtype is None else dtype), row_blocks)
 
 
 def outgoing_from_entries(
-    entries: dict[str, Any], config: Gemma2Config, dtype: str, policy: str | None = None
+    entries: dict[str, Any], config: Gemma2Config, dtype: str | None = None, policy: str | None = None, where: str = ""
 ) -> OutgoingWeights:
     """The weights of an opened checkpoint (`reading.open_weights`).
 
     Args:
         entries: its weights by our paths.
         config: the model's.
-        dtype: what to store them in.
-        policy: the dtype that readers load them in; None for `dtype`.
+        dtype: what to store them in; None for what each is stored in now, and `policy` for quantized ones.
+        policy: the dtype policy that readers load them in; None for the stored dtype.
+        where: the checkpoint, for the warning that a weight is not finite.
     """
-    return OutgoingWeights(config, stored(dtype), lambda path: entries[path].row_blocks(), policy)
+    from keras_gemma2.checkpoints.reading import watched
+
+    def row_blocks(path: str) -> Iterator[np.ndarray]:
+        return watched(entries[path].row_blocks(), entries[path].cell.name, where)
+
+    if dtype is not None:
+        return OutgoingWeights(config, stored(dtype), row_blocks, policy)
+    own = {path: _own_dtype(entry.tensor, policy) for path, entry in entries.items()}
+    main = own["token_embedding/embeddings"]
+    return OutgoingWeights(config, main, row_blocks, policy, {path: kind for path, kind in own.items() if kind != main})
+
+
+def _own_dtype(tensor: Any, policy: str | None) -> np.dtype:
+    name = np.dtype(tensor.dtype).name
+    if getattr(tensor, "is_quantized", False):
+        name = policy or "bfloat16"
+    return STORED_DTYPES.get(name, STORED_DTYPES["float32"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras_gemma2.checkpoints import formats
-from keras_gemma2.checkpoints.source import GGUF, HUGGING_FACE, KERAS, KERAS_HUB, SIZE_ONLY, Source
+from keras_gemma2.checkpoints.source import HUGGING_FACE, KERAS, KERAS_HUB, Source
 from keras_gemma2.errors import CheckpointError
 from keras_gemma2.presets import hub
 from keras_gemma2.presets.registry import resolve
@@ -34,60 +35,80 @@ def convert(
 ) -> None:
     """Writes a checkpoint in another format, holding one tensor in memory at a time.
 
-    The weights are not changed unless `dtype` says so. The target appears when it is complete, and not at all if something
-    fails.
+    Each weight keeps the dtype it is stored in unless `dtype` says otherwise; quantized ones become floats. The target appears
+    when it is complete, and not at all if something fails.
 
     Args:
         source: anything `from_preset` takes: a name, a hub's address, a folder or a file.
-        target: the folder to write. A checkpoint in it is replaced, other files stay.
+        target: the folder to write. A checkpoint in it is replaced, other files stay. It cannot be the source.
         to: "hf" (transformers, vLLM, llama.cpp's converter, ...), "preset" (this package) or "keras_hub" (keras-hub's
             `GemmaCausalLM`).
-        dtype: "float32", "float16" or "bfloat16" of the stored weights; default the source's (bfloat16 for quantized ones).
+        dtype: "float32", "float16" or "bfloat16" of the stored weights; default the source's (for quantized ones, what
+            `from_preset` loads them in).
         max_shard_size: largest size of one file, as a text such as "500MB"; default 5GB for "hf", else 10GB.
         progress: whether to draw a progress bar on stderr.
 
     Raises:
         CheckpointError: if the source cannot be read, or not be expressed in the target's format.
-        ValueError: for an unknown `to` or `dtype`.
+        ValueError: for an unknown `to`, `dtype` or `max_shard_size`.
+
+    Warns:
+        UserWarning: for weights with values that are not finite, and for what a format has no place for.
 
     Example:
         >>> convert("gemma2_mini_en", "./mini", to="hf", dtype="bfloat16")
     """
     from keras_gemma2.checkpoints import reading, writing
 
+    shard = _checked(to, dtype, max_shard_size)
+    found = resolve(source, hub.CONFIG)
+    if to == "keras_hub":
+        _check_expressible(found)
+    found = resolve(source, hub.WEIGHTS)
+    if os.path.realpath(found.path) == os.path.realpath(os.path.expanduser(target)):
+        raise CheckpointError(f"`target` cannot be the source itself, {found.path!r}. Choose another folder.")
+    write_folder = importlib.import_module(TARGETS[to][1]).write_folder
+    with reading.open_weights(found) as entries:
+        policy = dtype or _policy(found, to)
+        weights = writing.outgoing_from_entries(entries, found.config, dtype, policy, found.name)
+        proto = formats.vocabulary(found)
+        extra = {"extra": _settings(found)} if to == "hf" else {"preprocessor": found.preprocessor}
+        with replacing_folder(target, weights.nbytes) as folder, _bar(weights.nbytes, progress) as advance:
+            write_folder(folder, weights, proto, found.stop_token_ids, shard, advance, **extra)
+
+
+def _checked(to: str, dtype: str | None, max_shard_size: str | None) -> str:
+    """The shard size to write with; wrong arguments are refused before anything is downloaded."""
+    from keras_gemma2.checkpoints import h5_weights, hf_writer, writing
+
     if to not in TARGETS:
         raise ValueError(f"`to` must be one of {sorted(TARGETS)}. Received: {to!r}.")
     if dtype is not None:
         writing.stored(dtype)
-    found = resolve(source, hub.WEIGHTS)
-    if found.kind == SIZE_ONLY:
-        raise CheckpointError(f"The weights of {found.name!r} are not on this machine.")
-    write_folder = importlib.import_module(TARGETS[to][1]).write_folder
-    with reading.open_weights(found) as entries:
-        stored, policy = (dtype, dtype) if dtype else _own_dtypes(found, entries)
-        weights = writing.outgoing_from_entries(entries, found.config, stored, policy)
-        proto = formats.vocabulary(found)
-        with replacing_folder(target, weights.nbytes) as folder, _bar(weights.nbytes, progress) as advance:
-            shard = DEFAULT_SHARD_SIZES[to] if max_shard_size is None else max_shard_size
-            extra = {} if to == "hf" else {"preprocessor": found.preprocessor}
-            write_folder(folder, weights, proto, found.stop_token_ids, shard, advance, **extra)
+    shard = DEFAULT_SHARD_SIZES[to] if max_shard_size is None else max_shard_size
+    (hf_writer.parse_size if to == "hf" else h5_weights.shard_bytes)(shard)
+    return shard
 
 
-def _own_dtypes(found: Source, entries: dict[str, Any]) -> tuple[str, str | None]:
-    """The dtype to store a source's weights in so that nothing is lost, and the one it is loaded in (None: the same).
+def _check_expressible(found: Source) -> None:
+    from keras_gemma2.checkpoints.keras_hub import backbone_arguments
 
-    Quantized weights have no float dtype of their own: they are stored in what they are loaded in.
-    """
-    from keras_gemma2.checkpoints.writing import STORED_DTYPES
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # given when it is written
+        backbone_arguments(found.config)
 
-    policy = found.dtype.get("config", {}).get("name") if isinstance(found.dtype, dict) else found.dtype
-    policy = policy if policy in STORED_DTYPES else None
-    if policy and found.kind in (GGUF, KERAS_HUB):
-        return policy, policy
-    stored = {str(entry.tensor.dtype) for entry in entries.values()}
-    if len(stored) == 1 and stored <= set(STORED_DTYPES):
-        return stored.pop(), policy
-    return policy or "float32", policy
+
+def _settings(found: Source) -> dict[str, Any]:
+    """The chat template and generation settings of a Hugging Face folder."""
+    from keras_gemma2.checkpoints.hf import extra_settings
+
+    return extra_settings(found) if found.kind == HUGGING_FACE else {}
+
+
+def _policy(found: Source, to: str) -> str | None:
+    """The dtype policy that the source is loaded in. Hugging Face's configs have no mixed ones."""
+    name = found.dtype.get("config", {}).get("name") if isinstance(found.dtype, dict) else found.dtype
+    return None if to == "hf" and str(name).startswith("mixed") else name
 
 
 @contextlib.contextmanager

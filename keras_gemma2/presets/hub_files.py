@@ -7,7 +7,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from keras_gemma2.checkpoints.source import CONFIG_FILE, read_json
+from keras_gemma2.checkpoints.added_tokens import ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE, needs_tokenizer_json
+from keras_gemma2.checkpoints.formats import ADAPTER_FILE, has_whole_model
+from keras_gemma2.checkpoints.source import CONFIG_FILE, find_file, read_bytes, read_json
 from keras_gemma2.errors import CheckpointError
 from keras_gemma2.presets.hub import CONFIG, WEIGHTS
 
@@ -16,6 +18,7 @@ PREPROCESSOR_FILE = "preprocessor.json"
 KERAS_VOCABULARY = "assets/tokenizer/vocabulary.spm"
 VOCABULARY = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # For each format with an index: the index, and the file that stands alone without one. Pickles are the last choice.
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 KERAS_WEIGHTS = ("model.weights.json", "model.weights.h5")
@@ -32,9 +35,20 @@ def small_files(names: Collection[str], need: str) -> list[str]:
     if need != CONFIG:
         # Hugging Face's tokenizer.json has 34 MB, and is read only where tokenizer.model is missing; keras-hub's is small.
         wanted += [PREPROCESSOR_FILE, KERAS_VOCABULARY, VOCABULARY if VOCABULARY in names else TOKENIZER_JSON]
+        wanted += [TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE]
     if need == WEIGHTS:
+        wanted.append(CHAT_TEMPLATE_FILE)  # for those who write the model again
         wanted += [index for index, _ in _INDEXED if index in names][:1]
     return [name for name in wanted if name in names]
+
+
+def further_files(names: Collection[str], folder: str) -> list[str]:
+    """What the small files of a folder call for: tokenizer.json, if it alone has the tokens that a fine-tune added."""
+    model, config = find_file(folder, VOCABULARY), find_file(folder, CONFIG_FILE)
+    if model is None or config is None or TOKENIZER_JSON not in names:
+        return []
+    rows = read_json(config).get("vocab_size")
+    return [TOKENIZER_JSON] if type(rows) is int and needs_tokenizer_json(read_bytes(model), folder, rows) else []
 
 
 def describes_itself(folder: str) -> bool:
@@ -75,10 +89,13 @@ def check_config(names: Collection[str], where: str) -> None:
     Raises:
         CheckpointError: says so; a LoRA adapter is named as one.
     """
+    if ADAPTER_FILE in names and not has_whole_model(names):
+        raise CheckpointError(
+            f"{where!r} is a LoRA adapter, not a model. Pass the address of a merged model, or of the base model, which "
+            f"base_model_name_or_path of its {ADAPTER_FILE} names."
+        )
     if CONFIG_FILE in names:
         return
-    if "adapter_config.json" in names:
-        raise CheckpointError(f"{where!r} is a LoRA adapter, not a model. Pass the address of a merged model.")
     if any(name in names for pair in (SAFETENSORS, KERAS_WEIGHTS) for name in pair):
         raise CheckpointError(f"{where!r} has weights but no {CONFIG_FILE}. Pass the address of a whole model.")
 

@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from keras_gemma2.checkpoints.added_tokens import ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE
 from keras_gemma2.checkpoints.source import CONFIG_FILE, read_json
 from keras_gemma2.errors import CheckpointError, HubError
 from keras_gemma2.presets.hub import CONFIG, TOKENIZER, WEIGHTS
 from keras_gemma2.presets.hub_errors import Access, chain, explained, missing_library, status_of
 from keras_gemma2.presets.hub_files import (
+    CHAT_TEMPLATE_FILE,
     GENERATION_FILE,
     KERAS_VOCABULARY,
     KERAS_WEIGHTS,
@@ -26,6 +28,7 @@ from keras_gemma2.presets.hub_files import (
     SAFETENSORS,
     TOKENIZER_JSON,
     VOCABULARY,
+    further_files,
     shard_names,
 )
 
@@ -140,6 +143,8 @@ def _gather(get: Get, need: str) -> dict[str, list[str]]:
     if need != CONFIG:
         missing[TOKENIZER] = _missing_tokenizer(get, is_keras)
     if need == WEIGHTS:
+        if not is_keras:
+            get(CHAT_TEMPLATE_FILE)
         index, single = KERAS_WEIGHTS if is_keras else SAFETENSORS
         path = get(index)
         missing[WEIGHTS] = [name for name in ([single] if path is None else shard_names(path)) if get(name) is None]
@@ -150,7 +155,14 @@ def _missing_tokenizer(get: Get, is_keras: bool) -> list[str]:
     if is_keras:
         get(PREPROCESSOR_FILE)
         return [name for name in (TOKENIZER_JSON, KERAS_VOCABULARY) if get(name) is None]
-    return [VOCABULARY] if get(VOCABULARY) is None and get(TOKENIZER_JSON) is None else []
+    get(TOKENIZER_CONFIG_FILE)
+    model = get(VOCABULARY)
+    if model is None:
+        return [VOCABULARY] if get(TOKENIZER_JSON) is None else []
+    get(ADDED_TOKENS_FILE)
+    for name in further_files([TOKENIZER_JSON], os.path.dirname(model)):
+        get(name)
+    return []
 
 
 def _in_cache(handle: _Handle, need: str) -> tuple[str | None, bool]:

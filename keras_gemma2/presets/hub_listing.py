@@ -12,7 +12,7 @@ from keras_gemma2.checkpoints.source import CONFIG_FILE
 from keras_gemma2.errors import CheckpointError, HubError
 from keras_gemma2.presets.hub import CONFIG, TOKENIZER, WEIGHTS
 from keras_gemma2.presets.hub_errors import is_offline_mode
-from keras_gemma2.presets.hub_files import check_config, describes_itself, gguf_parts, small_files, weight_files
+from keras_gemma2.presets.hub_files import check_config, describes_itself, further_files, gguf_parts, small_files, weight_files
 
 # Names as the hubs themselves allow them: no spaces, no leading dot; ".." is refused besides.
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
@@ -109,9 +109,15 @@ def _collect(where: str, names: Collection[str], file: str | None, need: str, ge
     if parts:
         return os.path.join(get(parts), *parts[0].split("/"))
     if need == TOKENIZER and CONFIG_FILE in names:
-        folder = get(small_files(names, TOKENIZER))
+        folder = _get_small(names, TOKENIZER, get)
         if describes_itself(folder):
             return folder
-    small = small_files(names, WEIGHTS)
-    folder = get(small) if small else ""  # "no names" would mean "all files" to some libraries
+    folder = _get_small(names, WEIGHTS, get)
     return get(weight_files(names, folder, where))
+
+
+def _get_small(names: Collection[str], need: str, get: Callable[[list[str]], str]) -> str:
+    small = small_files(names, need)
+    folder = get(small) if small else ""  # "no names" would mean "all files" to some libraries
+    further = further_files(names, folder) if folder else []
+    return get(further) if further else folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -12,9 +11,10 @@ import keras
 
 from keras_gemma2.backbone import Gemma2Backbone
 from keras_gemma2.checkpoints import reading
-from keras_gemma2.checkpoints.source import KERAS, SIZE_ONLY, Source, find_file, read_json
-from keras_gemma2.config import Gemma2Config
-from keras_gemma2.errors import CheckpointError, HubError
+from keras_gemma2.checkpoints.keras_objects import VOCABULARY_FILE, saved_preprocessor, saved_stop_token_ids
+from keras_gemma2.checkpoints.source import CONFIG_FILE, HUGGING_FACE, KERAS, SIZE_ONLY, Source, find_file, read_json
+from keras_gemma2.config import NAMED_SIZES, Gemma2Config
+from keras_gemma2.errors import CheckpointError, HubError, callers_level
 from keras_gemma2.layers.initializers import skip_random_weights
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.presets import hub
@@ -37,7 +37,7 @@ def load_object(cls: type, keras_hub_loader: Callable[..., Any], preset: Any, lo
     if issubclass(cls, keras.Model):
         source = _resolve_task(preset, load_weights)
         return _task(cls, keras_hub_loader, source, load_weights, kwargs)
-    source = resolve(preset, hub.TOKENIZER)
+    source = _tokenizer_alone(preset) or resolve(preset, hub.TOKENIZER)
     if _is_custom(source):
         return _custom(keras_hub_loader, source, kwargs)
     return _tokenizer(cls, source, kwargs) if issubclass(cls, Gemma2Tokenizer) else _preprocessor(cls, source, kwargs)
@@ -53,6 +53,19 @@ def _resolve_task(preset: Any, load_weights: bool) -> Source:
         if source.kind != SIZE_ONLY:
             raise
         return source  # the architecture of a built-in name is known without its files
+
+
+def _tokenizer_alone(preset: Any) -> Source | None:
+    """A folder with no model in it, as `save_to_preset` and `export_to_transformers` of a tokenizer or preprocessor leave it."""
+    if not isinstance(preset, (str, os.PathLike)):
+        return None
+    path = os.path.expanduser(os.fspath(preset))
+    if find_file(path, CONFIG_FILE) or not find_file(path, "tokenizer_config.json", VOCABULARY_FILE):
+        return None
+    usual = NAMED_SIZES["gemma2_2b"]  # the model it goes with is not known, and nothing of it is needed
+    if find_file(path, VOCABULARY_FILE):
+        return Source(path, KERAS, usual, path, {}, None, saved_stop_token_ids(path), saved_preprocessor(path))
+    return Source(path, HUGGING_FACE, usual, path)
 
 
 def _task(cls: type, keras_hub_loader: Callable[..., Any], source: Source, load_weights: bool, kwargs: dict[str, Any]) -> Any:
@@ -110,7 +123,7 @@ def _optional_preprocessor(cls: type, source: Source) -> Gemma2CausalLMPreproces
     warnings.warn(
         f"The preset {source.name!r} has no tokenizer: the model is loaded without a preprocessor and works on token "
         "ids alone. Pass `preprocessor=` to work on text.",
-        stacklevel=_frames_of_this_package(),
+        stacklevel=callers_level(),
     )
     return None
 
@@ -133,10 +146,3 @@ def _custom(loader: Callable[..., Any], source: Source, kwargs: dict[str, Any]) 
         raise CheckpointError(
             f"The preprocessor of {source.path} is of a class that cannot be loaded: {reason} Or pass `preprocessor=`."
         ) from error
-
-
-def _frames_of_this_package() -> int:
-    """The stack level of the caller of the package, where a warning is of use."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    frames = inspect.stack(context=0)[1:]
-    return 1 + next((i for i, frame in enumerate(frames) if not os.path.abspath(frame.filename).startswith(package)), 0)

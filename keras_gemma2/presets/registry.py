@@ -8,7 +8,7 @@ import os
 from keras_gemma2.checkpoints.formats import find_source
 from keras_gemma2.checkpoints.source import SIZE_ONLY, Source
 from keras_gemma2.config import NAMED_SIZES
-from keras_gemma2.errors import CheckpointError
+from keras_gemma2.errors import CheckpointError, MissingFileError
 from keras_gemma2.presets import hub
 
 EMBEDDED = "gemma2_mini_en"
@@ -57,8 +57,11 @@ def resolve(preset: str | os.PathLike[str], need: str = hub.CONFIG) -> Source:
         return find_source(name, hub.fetch(address, need))
     if hub.is_address(name):
         return find_source(name, hub.fetch(name, need))
-    if os.path.exists(name):
-        return find_source(name, name)
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        return find_source(name, path)
+    if os.sep in name or name.startswith("."):
+        raise MissingFileError(f"There is no folder or file {path!r}, or this user may not see it. Check the path.")
     near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise CheckpointError(

@@ -45,8 +45,9 @@ def _runs(layer_types: tuple[str, ...]) -> list[tuple[int, int, str]]:
 def _blocks(config: Gemma2Config, first: int, last: int, kind: str) -> list[str]:
     shapes = config.block_weight_shapes()
     count = sum(math.prod(shape) for shape in shapes.values())
-    many = f"decoder_block_{first}" if first == last else f"decoder_block_{first}, {first + 2}, ... {last}"
-    number = 1 if first == last else (last - first) // 2 + 1
+    number = (last - first) // 2 + 1
+    indices = [str(first), str(first + 2), f"... {last}"] if number > 3 else [str(first + 2 * i) for i in range(number)]
+    many = f"decoder_block_{', '.join(indices)}"
     sees = f"sliding window of {config.sliding_window_size} keys" if kind == LOCAL else "all earlier keys"
     head = f"  {many}: {kind} ({sees}), {count:,} parameters" + ("" if number == 1 else f" each, {number} blocks")
     scale = f"{config.query_pre_attn_scalar:g}**-0.5"
