@@ -31,6 +31,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--layers", type=int, default=4, help="26 is the whole 2B (default: %(default)s)")
     parser.add_argument("--dtype", help="load in another dtype than the stored bfloat16")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure the peers too")
+    parser.add_argument("--export", action="store_true", help="ours also writes a Hugging Face folder, for the last column")
     parser.add_argument("--folder", help="keep the random checkpoint here, or use the one that is here")
     parser.add_argument("--child", choices=(*LOADERS, MAKE_FOLDER), help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         write_random_folder(options.folder, options.layers)
         print("{}")
     elif options.child:
-        print(json.dumps(measure(options.child, options.folder, options.dtype)))
+        print(json.dumps(measure(options.child, options.folder, options.dtype, options.export)))
     else:
         with _checkpoint(options) as folder:
             _warm(folder)
@@ -52,16 +53,17 @@ def run(options: argparse.Namespace) -> None:
 def _print_table(options: argparse.Namespace, folder: str) -> None:
     weights = sum(os.path.getsize(os.path.join(folder, n)) for n in os.listdir(folder) if n.endswith(".safetensors"))
     print(f"Gemma 2 2B's widths, {options.layers} layers: {weights / 1e9:.2f} GB of bfloat16 safetensors, warm\n")
-    print("| loader | backend | seconds | peak growth, GB | peak growth / weights | first token after, s |")
-    print("|---|---|---|---|---|---|")
+    print("| loader | backend | seconds | peak growth, GB | peak growth / weights | first token after, s | process peak, GB |")
+    print("|---|---|---|---|---|---|---|")
     for backend in options.backend or BACKENDS:
         peers = [who for who in LOADERS[1:] if who == "keras_hub" or backend == "torch"]
         for who in ("ours", *(peers if options.peer else ())):
-            extra = ("--dtype", options.dtype) if options.dtype else ()
+            extra = [*(["--dtype", options.dtype] if options.dtype else []), *(["--export"] if options.export else [])]
             row = in_fresh_process("load", backend, "--child", who, "--folder", folder, *extra)
             first = f"{row['first_token']:.1f}" if row["first_token"] else ""
             print(
-                f"| {who} | {backend} | {row['seconds']:.2f} | {row['peak'] / 1e9:.2f} | {row['peak'] / weights:.2f} | {first} |",
+                f"| {who} | {backend} | {row['seconds']:.2f} | {row['peak'] / 1e9:.2f} | {row['peak'] / weights:.2f} | {first} "
+                f"| {row['process'] / 1e9:.2f} |",
                 flush=True,
             )
 
@@ -115,18 +117,23 @@ def write_random_folder(folder: str, layers: int) -> None:
     hf_writer.write_folder(folder, weights, None, (), "5GB", None)
 
 
-def measure(who: str, folder: str, dtype: str | None) -> dict[str, float]:
-    """Loads the folder in this process.
+def measure(who: str, folder: str, dtype: str | None, export: bool = False) -> dict[str, float]:
+    """Loads the folder in this process; ours then generates a token, and exports if asked to.
 
     Returns:
-        `seconds` of loading, `peak` growth of resident memory over that after the imports, in bytes, and `first_token`: seconds
-        of the first token after loading, which includes compilation (ours only, else 0).
+        `seconds` of loading, `peak` growth of resident memory over that after the imports, in bytes, `first_token`: seconds
+        of the first token after loading, which includes compilation (ours only, else 0), and `process`: the highest resident
+        memory of the process in all, imports included.
     """
     load = {"ours": _ours, "keras_hub": _keras_hub, "transformers": _transformers}[who]()
     before, start = resident_bytes(), time.perf_counter()
     model = load(folder, dtype)
     seconds, peak = time.perf_counter() - start, peak_bytes() - before
-    return {"seconds": seconds, "peak": float(peak), "first_token": _first_token(model) if who == "ours" else 0.0}
+    first_token = _first_token(model) if who == "ours" else 0.0
+    if who == "ours" and export:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(folder))) as target:
+            model.export_to_transformers(os.path.join(target, "exported"))
+    return {"seconds": seconds, "peak": float(peak), "first_token": first_token, "process": float(peak_bytes())}
 
 
 def _first_token(lm: Any) -> float:
