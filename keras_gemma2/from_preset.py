@@ -103,6 +103,8 @@ class FromPreset:
         since its output projection is its embedding. A tokenizer or preprocessor writes the tokenizer's files alone, beside
         a model in the same format that is there.
 
+        The chat template written is Gemma's; `convert` keeps one that a Hugging Face source has of its own.
+
         transformers reads `"<bos>"` and other special pieces in a text as tokens, where `Gemma2Tokenizer` sees the
         characters they are spelled with. All other texts have the same ids.
 

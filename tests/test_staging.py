@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_gemma2 import staging
+from keras_gemma2 import folder_swap, staging
 from keras_gemma2.errors import CheckpointError
 from keras_gemma2.staging import TOKENIZER_FILES, replacing_folder
 
@@ -62,7 +62,7 @@ def test_a_new_folder_and_its_parents_are_made_with_the_usual_modes(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_stale_files_go_and_the_users_own_stay(tmp_path, monkeypatch, exchange):
     if not exchange:  # as on a system without renameat2
-        monkeypatch.setattr(staging, "_exchange", lambda *_: False)
+        monkeypatch.setattr(folder_swap, "_exchange", lambda *_: False)
     target = tmp_path / "model"
     write(target, "old", [*NAMES, "model.safetensors.index.json", "tokenizer.model", "model_00000.weights.h5"])
     mine = {"README.md": b"mine", "logs/events.out": b"log", "notes/model.safetensors": b"deep", "tokenizer.model.bak": b"b"}
@@ -246,7 +246,7 @@ def test_folders_that_cannot_be_renamed_are_changed_file_by_file(monkeypatch, ca
             def busy(*_):
                 raise OSError(errno.EBUSY, "Device or resource busy")
 
-            monkeypatch.setattr(staging, "_exchange", busy)
+            monkeypatch.setattr(folder_swap, "_exchange", busy)
         inode, order, move = target.stat().st_ino, [], os.replace
         monkeypatch.setattr(os, "replace", lambda a, b: (order.append(os.path.basename(b)), move(a, b)))
         replace("." if case == "current" else target, names=NAMES[:3])
