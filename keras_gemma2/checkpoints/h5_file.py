@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from keras_gemma2.checkpoints.file_rows import read_rows
 from keras_gemma2.checkpoints.source import refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
@@ -82,16 +83,7 @@ class H5Tensor:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Consecutive rows, as a new array."""
-        block = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
-        buffer = memoryview(block.reshape(-1).view(np.uint8))
-        offset = self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._file, [buffer[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{self._path} became shorter while it was read.")
-            done += count
-        return block
+        return read_rows(self._file, self._path, self.offset, self.shape, self.dtype, start, stop)
 
 
 def open_h5(path: str, stack: contextlib.ExitStack, last: LastTensor | None = None) -> dict[str, H5Tensor]:

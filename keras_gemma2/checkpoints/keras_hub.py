@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from keras_gemma2.checkpoints.keras_objects import (
-    VOCABULARY_FILE,
     Classes,
     policy_name,
     quantization_modes,
     saved_preprocessor,
     write_json_files,
 )
-from keras_gemma2.checkpoints.sentencepiece_model import read_model
+from keras_gemma2.checkpoints.keras_preset import vocabulary as vocabulary  # the same asset
 from keras_gemma2.checkpoints.source import CONFIG_FILE, KERAS_HUB, Source, find_file, read_json
 from keras_gemma2.config import GLOBAL, LOCAL, Gemma2Config
 from keras_gemma2.errors import CheckpointError, callers_level
@@ -103,12 +102,6 @@ def open_tensors(source: Source, config: Gemma2Config, stack: contextlib.ExitSta
 
     cells = dict(rows_for(config, KERAS_HUB))
     return dequantized(open_weight_files(source.path, stack), config, cells, source.path), cells
-
-
-def vocabulary(source: Source) -> bytes | None:
-    """The bytes of the tokenizer's asset."""
-    path = find_file(source.path, VOCABULARY_FILE)
-    return None if path is None else read_model(path)
 
 
 def _keras_hub_class(values: Mapping[str, Any]) -> str | None:

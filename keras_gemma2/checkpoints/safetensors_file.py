@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from keras_gemma2.checkpoints.file_rows import read_rows
 from keras_gemma2.checkpoints.source import refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
@@ -47,18 +48,8 @@ class SafetensorsTensor:
     def __getitem__(self, index: Any) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)
         rows = range(self.shape[0])[index[0]]
-        a_row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        block = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        self._read(memoryview(block.reshape(-1).view(np.uint8)), self._offset + rows.start * a_row)
+        block = read_rows(self._file, self._path, self._offset, self.shape, self.dtype, rows.start, rows.stop)
         return block[(slice(None), *index[1:])] if index[1:] else block
-
-    def _read(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._file, [buffer[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{self._path} became shorter while it was read.")
-            done += count
 
 
 def open_safetensors(path: str, stack: Any) -> dict[str, SafetensorsTensor]:
