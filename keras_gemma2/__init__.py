@@ -18,6 +18,7 @@ _PUBLIC = {
     "Gemma2CausalLMPreprocessor": "keras_gemma2.preprocessor",
     "Gemma2Config": "keras_gemma2.config",
     "Gemma2Tokenizer": "keras_gemma2.tokenizer",
+    "Sampler": "keras_gemma2.generation.sampler",
     "convert": "keras_gemma2.presets.convert",
     "layers": None,
     "preset_names": "keras_gemma2.presets.registry",

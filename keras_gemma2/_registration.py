@@ -3,6 +3,7 @@
 import keras_gemma2.layers
 from keras_gemma2.backbone import Gemma2Backbone
 from keras_gemma2.causal_lm import Gemma2CausalLM
+from keras_gemma2.generation.sampler import Sampler
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.tokenizer import Gemma2Tokenizer
 
@@ -10,4 +11,4 @@ from keras_gemma2.tokenizer import Gemma2Tokenizer
 Gemma2Tokenizer.backbone_cls = Gemma2Backbone
 Gemma2CausalLMPreprocessor.backbone_cls = Gemma2Backbone
 
-__all__ = ["Gemma2Backbone", "Gemma2CausalLM", "Gemma2CausalLMPreprocessor", "Gemma2Tokenizer", "keras_gemma2"]
+__all__ = ["Gemma2Backbone", "Gemma2CausalLM", "Gemma2CausalLMPreprocessor", "Gemma2Tokenizer", "Sampler", "keras_gemma2"]

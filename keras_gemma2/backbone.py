@@ -21,10 +21,11 @@ from keras_gemma2.layers import (
     TiedEmbedding,
     token_positions,
 )
+from keras_gemma2.layers.quantization import MatrixLayer, QuantizableContainer, check_policy, float_policy
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
+class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone):
     """The Gemma 2 transformer without its output projection.
 
     A functional Keras model from `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` to the hidden states
@@ -50,7 +51,8 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
         rope_max_wavelength: base of the rotary frequencies.
         max_sequence_length: longest context the model is meant for, in tokens.
         dropout: rate on the embedding and on each branch, in training.
-        dtype: dtype or policy of weights and computation, e.g. "bfloat16", "mixed_bfloat16".
+        dtype: dtype or policy of weights and computation, e.g. "bfloat16", "mixed_bfloat16"; "int8_from_bfloat16" or
+            "int4_from_bfloat16" keeps all matrices in 8 or 4 bits from the start (see `quantize`).
 
     Raises:
         ValueError: for an argument that makes no model, and on calls with token ids outside the vocabulary or shapes
@@ -102,14 +104,16 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
             max_sequence_length,
             dropout,
         )
+        check_policy(dtype)
         _warn_about_float16(dtype)
         self.config = config
         self.token_embedding = TiedEmbedding(
             vocabulary_size, hidden_dim, config.final_logit_soft_cap, dtype=dtype, name="token_embedding"
         )
-        self.rotary_embedding = RotaryEmbedding(head_dim, rope_max_wavelength, dtype=dtype, name="rotary_embedding")
+        floats = float_policy(dtype)  # of what has no matrix
+        self.rotary_embedding = RotaryEmbedding(head_dim, rope_max_wavelength, dtype=floats, name="rotary_embedding")
         self.masks = {
-            kind: AttentionMask(config.window(kind), dtype=dtype, name=f"{kind}_attention_mask")
+            kind: AttentionMask(config.window(kind), dtype=floats, name=f"{kind}_attention_mask")
             for kind in sorted(set(config.layer_types))
         }
         self.embedding_dropout = (
@@ -120,12 +124,14 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
         self.transformer_layers = [
             DecoderBlock(config, dtype=dtype, name=f"decoder_block_{i}") for i in range(config.num_layers)
         ]
-        self.layer_norm = RMSNorm(layer_norm_epsilon, dtype=dtype, name="final_norm")
+        self.layer_norm = RMSNorm(layer_norm_epsilon, dtype=floats, name="final_norm")
 
         inputs = {
             "token_ids": keras.Input((None,), dtype="int32", name="token_ids"),
             "padding_mask": keras.Input((None,), dtype="int32", name="padding_mask"),
         }
+        # Keras's mark of a layer that `quantize` has nothing left to do for; it asks before it takes a quantized policy.
+        self._is_quantized = keras.dtype_policies.get(dtype).quantization_mode is not None
         super().__init__(inputs=inputs, outputs=self._forward(inputs), dtype=dtype, **kwargs)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
@@ -135,14 +141,16 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
         token_ids = ops.where(real, inputs["token_ids"], 0)  # whatever stands in the padding is not looked at
         return self.layer_norm(self.run_blocks(token_ids, positions, masks))
 
-    def run_blocks(self, token_ids: Any, positions: Any, masks: dict[str, Any], caches: list[Any] | None = None) -> Any:
+    def run_blocks(
+        self, token_ids: Any, positions: Any, masks: dict[str, Any] | None, caches: list[Any] | None = None
+    ) -> Any:
         """Embedding and decoder blocks, up to the final norm.
 
         Args:
             token_ids: int `[B, T]`.
             positions: int `[B, T]`.
-            masks: bool `[B, T, S]` for each layer type.
-            caches: None, or for each layer an object with `update(keys, values)` (see `cache.py`).
+            masks: bool `[B, T, T]` for each layer type; None with caches, which know.
+            caches: None, or for each layer what attention takes as its `cache` (see `cache.py`).
 
         Returns:
             The residual stream `[B, T, D]`.
@@ -152,18 +160,24 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
         if self.embedding_dropout is not None:
             x = self.embedding_dropout(x)
         for i, (block, kind) in enumerate(zip(self.transformer_layers, self.config.layer_types)):
-            x = block(x, cos, sin, masks[kind], **({} if caches is None else {"cache": caches[i]}))
+            x = block(x, cos, sin, masks[kind]) if caches is None else block(x, cos, sin, None, cache=caches[i])
         return x
 
-    def named_weights(self) -> dict[str, keras.Variable]:
-        """Every weight by its path in `Gemma2Config.weight_shapes`, which the checkpoint tables are written in."""
+    def named_weights(self) -> dict[str, Any]:
+        """Every weight by its path in `Gemma2Config.weight_shapes`, which the checkpoint tables are written in.
+
+        Each is its `keras.Variable`; a quantized matrix is a `layers.quantization.QuantizedMatrix`, which reads and assigns
+        floats, so that codes are never taken for weights.
+        """
         named = {
-            "token_embedding/embeddings": self.token_embedding.embeddings,
+            "token_embedding/embeddings": self.token_embedding.matrix,
             "final_norm/scale": self.layer_norm.scale,
         }
         for i, block in enumerate(self.transformer_layers):
             for path in self.config.block_weight_shapes():
-                named[f"decoder_block_{i}/{path}"] = functools.reduce(getattr, path.split("/"), block)
+                *layers, variable = path.split("/")
+                layer = functools.reduce(getattr, layers, block)
+                named[f"decoder_block_{i}/{path}"] = layer.matrix if isinstance(layer, MatrixLayer) else getattr(layer, variable)
         return named
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,18 +195,37 @@ class Gemma2Backbone(FromPreset, keras_hub.models.Backbone):
             "or freeze layers by their `trainable` attribute."
         )
 
-    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
-        """Refused in this version: Keras would quantize nothing and say so layer by layer.
+    def quantize(self, mode: str | None = None, config: Any = None) -> None:
+        """Keeps all matrices in 8 or 4 bits from now on, in place; norms stay as they are.
+
+        Weights alone are quantized, not activations: symmetric codes with a scale a row ("int8"), or a group of up to 64
+        columns ("int4"); `keras_gemma2/quantization.py` has the formats. The embedding, which is the output projection too, is
+        among them. One matrix is converted at a time, so that peak memory is the float model's and one quantized matrix. The
+        dtype policy becomes e.g. "int8_from_bfloat16"; files and presets keep codes and scales. Quantized weights are not
+        trainable.
+
+        Args:
+            mode: "int8" or "int4".
+            config: not for use; Keras passes its default for the mode.
 
         Raises:
-            RuntimeError: always.
+            ValueError: for another mode, quantizers of one's own, a model that is quantized already, "int8" where the compute dtype
+                is float16, or a width that "int4" cannot halve; nothing is changed then.
+
+        Example:
+            >>> backbone = Gemma2Backbone(256, 2, 4, 2, 48, 96, 16)
+            >>> backbone.quantize("int8")
+            >>> backbone.dtype_policy.name
+            'int8_from_float32'
         """
-        raise RuntimeError(
-            "`quantize` is not part of this version of keras_gemma2: nothing was changed. Use dtype='bfloat16'."
-        )
+        super().quantize(mode, config=config)
+        self.train_function = self.test_function = self.predict_function = None  # compiled with the variables there were
+        self._post_quantize(mode)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), **self.config.to_dict()}
+        # keras-hub's own would write a map of the quantized layers' policies, and takes their names from them on the way.
+        dtype = keras.dtype_policies.serialize(self.dtype_policy)
+        return {"name": self.name, "trainable": self.trainable, "dtype": dtype, **self.config.to_dict()}
 
 
 def _config_property(name: str) -> property:

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import keras
 import keras_hub
 import numpy as np
-from keras import ops
 
 from keras_gemma2.backbone import Gemma2Backbone
 from keras_gemma2.from_preset import FromPreset
-from keras_gemma2.generation.generate import generate_tokens
-from keras_gemma2.generation.runner import Runner
-from keras_gemma2.inputs import (
-    as_texts,
-    check_keywords,
-    check_prompts,
-    check_room,
-    check_token_inputs,
-    is_token_dict,
-    label_tokens,
-    pad_rows,
-)
+from keras_gemma2.generation.calls import Generates
+from keras_gemma2.generation.requests import check_sampler
+from keras_gemma2.generation.sampler import Sampler
+from keras_gemma2.inputs import check_keywords, check_token_inputs, is_token_dict, label_tokens
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.text_inputs import read_texts
 
-SAMPLER_NAMES = ("greedy", "top_k", "top_p", "random", "beam")
-
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
+class Gemma2CausalLM(Generates, FromPreset, keras_hub.models.CausalLM):
     """A Gemma 2 causal language model: text in, text out.
 
     Called on `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` it gives float32 logits `[B, T, V]` after
@@ -58,8 +46,6 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         )
         self.backbone = backbone
         self.preprocessor = preprocessor
-        self._runner: Runner | None = None
-        self._runner_variables: list[int] = []
         inputs = backbone.input
         outputs = backbone.token_embedding(backbone(inputs), reverse=True)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
@@ -79,25 +65,25 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             optimizer: "auto" (Adam at 2e-5), or what `keras.Model.compile` takes.
             loss: "auto" (next-token cross-entropy on the logits), or what `keras.Model.compile` takes.
             weighted_metrics: "auto" (token accuracy), or what `keras.Model.compile` takes.
-            sampler: a keras-hub sampler or its name: "greedy", "top_k", "top_p", "random", "beam".
+            sampler: what `generate` uses when it is given none: a `keras_gemma2.Sampler`, or a keras-hub sampler or its name:
+                "greedy", "top_k", "top_p", "random", "beam".
             **kwargs: passed to `keras.Model.compile`.
         """
-        if not isinstance(sampler, keras_hub.samplers.Sampler) and sampler not in SAMPLER_NAMES:
-            raise ValueError(
-                f"`sampler` must be one of {', '.join(map(repr, SAMPLER_NAMES))}, or a keras-hub Sampler. Received: {sampler!r}."
-            )
-        super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        check_sampler(sampler)
+        ours = isinstance(sampler, Sampler)
+        super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler="greedy" if ours else sampler, **kwargs)
+        self.sampler = sampler if ours else self.sampler
 
     def get_compile_config(self) -> dict[str, Any] | None:
         """What `.keras` files keep of `compile`: Keras's own arguments and the sampler."""
         if not self.compiled:
             return None
-        return {**super().get_compile_config(), "sampler": keras_hub.samplers.serialize(self.sampler)}
+        return {**super().get_compile_config(), "sampler": keras.saving.serialize_keras_object(self.sampler)}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as the saved one was, and gives the optimizer its variables to be filled."""
         arguments = keras.saving.deserialize_keras_object({k: v for k, v in config.items() if k != "sampler"})
-        self.compile(sampler=keras_hub.samplers.deserialize(config["sampler"]), **arguments)
+        self.compile(sampler=_deserialized_sampler(config["sampler"]), **arguments)
         self.optimizer.build(self.trainable_variables)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,9 +99,40 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
 
-    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
-        """Refused in this version; see `Gemma2Backbone.quantize`."""
-        self.backbone.quantize(mode, **kwargs)
+    def quantize(self, mode: str | None = None, config: Any = None) -> None:
+        """Keeps all matrices in 8 or 4 bits from now on, in place: see `Gemma2Backbone.quantize`.
+
+        Generation is compiled anew when it is next asked for. Where an optimizer has taken steps, a fresh one of the same settings
+        takes its place: the weights that it held values for are gone, and those left to train are the norms'.
+
+        Args:
+            mode: "int8" or "int4".
+            config: not for use; Keras passes its default for the mode.
+
+        Raises:
+            ValueError: as the backbone's; nothing is changed then.
+
+        Example:
+            >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
+            >>> lm.quantize("int8")
+            >>> lm.save_to_preset("./mini_int8")
+        """
+        self.backbone.quantize(mode, config=config)
+        self.dtype_policy = self.backbone.dtype_policy
+        self._runner = None  # holds the floats
+        self.train_function = self.test_function = self.predict_function = None
+        self._post_quantize(mode)
+        if self.compiled and getattr(self.optimizer, "built", False):
+            self.compile_from_config(self.get_compile_config())
+
+    @property
+    def _is_quantized(self) -> bool:
+        """Keras's mark of a layer that `quantize` has nothing left to do for."""
+        return self.backbone.dtype_policy.quantization_mode is not None
+
+    def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
+        """What Keras calls where the policy is a quantized one: nothing differs here."""
+        return self.call(*args, **kwargs)
 
     def fit(
         self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any
@@ -196,135 +213,7 @@ class Gemma2CausalLM(FromPreset, keras_hub.models.CausalLM):
         is_tokens = is_token_dict(x) or is_torch_loader or isinstance(x, (keras.utils.PyDataset, types.GeneratorType))
         return keras.Model if is_tokens else keras_hub.models.CausalLM
 
-    # Generation ----------------------------------------------------------------------------------------------------------
 
-    def make_generate_function(self) -> Runner:
-        """The compiled prefill and decode step. Kept until the model's variables are replaced, whatever the sampler."""
-        variables = [id(variable) for variable in self.backbone.variables]
-        if self._runner is None or self._runner_variables != variables:
-            self._runner, self._runner_variables = Runner(self.backbone), variables
-        return self._runner
-
-    def generate(
-        self,
-        inputs: Any,
-        max_length: int | None = None,
-        stop_token_ids: str | Sequence[int] | None = "auto",
-        strip_prompt: bool = False,
-    ) -> Any:
-        """Continues prompts with the sampler given to `compile`.
-
-        Args:
-            inputs: a string, a list of strings, a `tf.data.Dataset` of batches of strings, or a dict of token ids and
-                padding mask, each `[B, T]`, which bypasses the preprocessor.
-            max_length: tokens at most in each row, prompt included. None means the preprocessor's `sequence_length`; for a
-                dict, its length T.
-            stop_token_ids: "auto" stops at the tokenizer's `<eos>` and `<end_of_turn>`; a list of ids; or None to go on to
-                `max_length`.
-            strip_prompt: whether to leave the prompt out of what is returned.
-
-        Returns:
-            A string for a string, a list for a list; for a dict, a dict of numpy `token_ids` int32 `[B, max_length]` and
-            `padding_mask` bool, each row its prompt and completion from the left (the stop token included), then padding.
-
-        Raises:
-            ValueError: for an empty list, something else than text, a prompt longer than `max_length`, `max_length` over the
-                model's `max_sequence_length`, ids outside the vocabulary, or "auto" without a tokenizer.
-        """
-        stop_token_ids = self._resolve_stop_token_ids(stop_token_ids)
-        if hasattr(inputs, "as_numpy_iterator"):
-            return _concatenate(
-                [
-                    self._generate_batch(batch, max_length, stop_token_ids, strip_prompt)
-                    for batch in inputs.as_numpy_iterator()
-                ]
-            )
-        return self._generate_batch(inputs, max_length, stop_token_ids, strip_prompt)
-
-    def _generate_batch(
-        self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool
-    ) -> Any:
-        if is_token_dict(inputs):
-            return self._generate_from_tokens(inputs, max_length, stop_token_ids, strip_prompt)
-        if self.preprocessor is None:
-            raise ValueError(
-                "`inputs` must be a dict with 'token_ids' and 'padding_mask' when the model has no preprocessor. "
-                f"Received: {type(inputs).__name__}. Pass `preprocessor=` to Gemma2CausalLM to generate from text."
-            )
-        return self._generate_from_text(inputs, max_length, stop_token_ids, strip_prompt)
-
-    def _generate_from_text(
-        self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool
-    ) -> Any:
-        texts, is_scalar = as_texts(inputs)
-        length = self._check_max_length(self.preprocessor.sequence_length if max_length is None else max_length)
-        self._check_room(texts, length)
-        tokens = self.preprocessor.generate_preprocess(texts, sequence_length=length)
-        tokens = {key: ops.convert_to_numpy(tokens[key]) for key in ("token_ids", "padding_mask")}
-        outputs = self._generate_from_tokens(tokens, length, stop_token_ids, strip_prompt)
-        texts = list(self.preprocessor.generate_postprocess(outputs))
-        return texts[0] if is_scalar else texts
-
-    def _generate_from_tokens(
-        self, inputs: Any, max_length: int | None, stop_token_ids: Sequence[int], strip_prompt: bool
-    ) -> dict[str, np.ndarray]:
-        inputs, _, _ = self._with_labels(inputs, None, None)
-        length = self._check_max_length(inputs["token_ids"].shape[1] if max_length is None else max_length)
-        prompts = [ids[mask.astype(bool)].tolist() for ids, mask in zip(inputs["token_ids"], inputs["padding_mask"])]
-        check_prompts(prompts, length, self.backbone.config.max_sequence_length)
-        completions = generate_tokens(
-            self.make_generate_function(), self.sampler, prompts, [length] * len(prompts), stop_token_ids
-        )
-        rows = completions if strip_prompt else [prompt + new for prompt, new in zip(prompts, completions)]
-        return pad_rows(rows, length, self._pad_token_id())
-
-    def _check_room(self, texts: list[str], max_length: int) -> None:
-        """Says which prompt is too long in the words of `generate`, where the preprocessor would in its own."""
-        if getattr(self.preprocessor, "truncation", "right") != "error":
-            return
-        rows = self.preprocessor.tokenizer([text.removeprefix("<bos>") for text in texts])
-        counts = [len(row) + bool(self.preprocessor.add_start_token) for row in rows]
-        check_room(counts, max_length, self.backbone.config.max_sequence_length)
-
-    def _check_max_length(self, max_length: Any) -> int:
-        limit = self.backbone.config.max_sequence_length
-        if isinstance(max_length, bool) or not isinstance(max_length, (int, np.integer)) or not 0 < max_length <= limit:
-            raise ValueError(
-                f"`max_length` must be an integer from 1 to the model's max_sequence_length, {limit}. "
-                f"Received: max_length={max_length!r}."
-            )
-        return int(max_length)
-
-    def _resolve_stop_token_ids(self, stop_token_ids: Any) -> tuple[int, ...]:
-        if stop_token_ids is None:
-            return ()
-        if isinstance(stop_token_ids, str):
-            if stop_token_ids != "auto":
-                raise ValueError(
-                    f"`stop_token_ids` must be 'auto', None or a list of ids. Received: {stop_token_ids!r}."
-                )
-            if self.preprocessor is None:
-                raise ValueError(
-                    "`stop_token_ids='auto'` needs a preprocessor, whose tokenizer names the stop tokens. "
-                    "Pass a list of ids (Gemma 2's are 1 and 107), or None to go on to `max_length`."
-                )
-            tokenizer = self.preprocessor.tokenizer
-            return tuple(getattr(tokenizer, "stop_token_ids", (tokenizer.end_token_id,)))
-        size = self.backbone.config.vocabulary_size
-        ids = stop_token_ids if isinstance(stop_token_ids, (list, tuple, set, np.ndarray)) else [None]
-        if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) and 0 <= i < size for i in ids):
-            raise ValueError(
-                f"`stop_token_ids` must be 'auto', None or a list of ids in [0, {size}). Received: {stop_token_ids!r}."
-            )
-        return tuple(int(token_id) for token_id in ids)
-
-    def _pad_token_id(self) -> int:
-        return 0 if self.preprocessor is None else self.preprocessor.tokenizer.pad_token_id
-
-
-def _concatenate(outputs: list[Any]) -> Any:
-    if not outputs:
-        raise ValueError("`inputs` must hold at least one batch. Received an empty dataset.")
-    if isinstance(outputs[0], dict):
-        return {key: np.concatenate([output[key] for output in outputs]) for key in outputs[0]}
-    return [text for output in outputs for text in (output if isinstance(output, list) else [output])]
+def _deserialized_sampler(config: dict[str, Any]) -> Any:
+    ours = config.get("registered_name", "").startswith("keras_gemma2>")
+    return keras.saving.deserialize_keras_object(config) if ours else keras_hub.samplers.deserialize(config)

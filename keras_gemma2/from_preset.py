@@ -35,15 +35,19 @@ class FromPreset:
                 gemma_pytorch's `model.ckpt`, a Flax checkpoint, a GGUF file.
             load_weights: whether to fill the weights; False leaves them random, and downloads none.
             **kwargs: `dtype` (default: what the preset's config says, or else the stored dtype) and other arguments of the
-                backbone, or of the class.
+                backbone, or of the class. `quantize`, for models, "int8" or "int4": all matrices are quantized while they are read,
+                block by block, as `quantize` would do afterwards, so that memory never holds them as floats. A preset saved
+                quantized comes back as it was; with a float `dtype`, as floats.
 
         Raises:
             CheckpointError: a `ValueError`, for an unknown name (the message lists near ones), a folder without a model, a
                 damaged one, or one of another model; a `HubError` among them, with the step to take, if a hub gives no files.
+            ValueError: for an unknown mode in `quantize`, or another one than that of a quantized preset or `dtype`.
             TypeError: if `preset` is no string or path, or `load_weights` no bool.
 
         Example:
             >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
+            >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en", dtype="bfloat16", quantize="int8")
         """
         from keras_gemma2.presets.load import load_object  # presets import the models, so not at module level
 
@@ -61,7 +65,8 @@ class FromPreset:
         Args:
             preset_dir: the folder; made if missing, `~` expanded.
             format: "keras_gemma2" for this package's classes, or "keras_hub" for those of keras-hub (models only), which
-                `keras_hub.models.GemmaCausalLM.from_preset` reads.
+                `keras_hub.models.GemmaCausalLM.from_preset` reads. The first keeps quantized weights as they are; the second gets
+                the floats they stand for.
             **kwargs: `max_shard_size`, for models: the largest size of one file, in GB of 1024 ** 3 bytes or a text such as
                 "500MB"; None for no limit. Default 10.
 
@@ -110,7 +115,8 @@ class FromPreset:
 
         Args:
             path: the folder; made if missing, `~` expanded.
-            dtype: "float32", "float16" or "bfloat16" of the stored weights; default the model's.
+            dtype: "float32", "float16" or "bfloat16" of the stored weights; default the model's. Quantized weights are written as
+                the floats they stand for.
             max_shard_size: largest size of one file, as bytes or a text such as "5GB" (decimal).
             config_dtype: the dtype that readers load the weights in by default; `dtype` unless given.
 
@@ -199,7 +205,8 @@ def _bytes(backbone: Any) -> int:
     """How much a preset's weights take on a disk."""
     if backbone is None:
         return 0
-    return backbone.config.parameter_count() * (2 if backbone.dtype_policy.variable_dtype in ("float16", "bfloat16") else 4)
+    sizes = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "float64": 8}
+    return sum(math.prod(variable.shape) * sizes.get(variable.dtype, 4) for variable in backbone.weights)
 
 
 def _save_for_keras_hub(
@@ -212,7 +219,7 @@ def _save_for_keras_hub(
     **kwargs: Any,
 ) -> None:
     from keras_gemma2.checkpoints.keras_hub import write_folder
-    from keras_gemma2.checkpoints.keras_objects import POLICIES
+    from keras_gemma2.checkpoints.keras_objects import POLICIES, float_policy_name
     from keras_gemma2.checkpoints.writing import outgoing_from_backbone
 
     if backbone is None:
@@ -220,8 +227,9 @@ def _save_for_keras_hub(
     if kwargs:
         raise TypeError(f"`save_to_preset` in format='keras_hub' takes `max_shard_size` only. Received: {sorted(kwargs)}.")
     weights = outgoing_from_backbone(backbone)
-    if backbone.dtype_policy.name in POLICIES:  # a mixed one computes in another dtype than it stores
-        weights = dataclasses.replace(weights, policy=backbone.dtype_policy.name)
+    policy = float_policy_name(backbone.dtype_policy.name)
+    if policy in POLICIES:  # a mixed one computes in another dtype than it stores
+        weights = dataclasses.replace(weights, policy=policy)
     proto, stop = (None, ()) if tokenizer is None else (tokenizer.proto, tokenizer.stop_token_ids)
     with replacing_folder(target, weights.nbytes, owned) as folder:
         write_folder(folder, weights, proto, stop, max_shard_size, None, preprocessor)

@@ -9,8 +9,8 @@ import pytest
 from oracle import hugging_face_folder, hugging_face_logits, naive_generate
 
 from keras_gemma2 import Gemma2CausalLM
-from keras_gemma2.cache import cache_size, slot_positions
-from keras_gemma2.generation.runner import bucket
+from keras_gemma2.cache import cache_slots, slot_positions
+from keras_gemma2.generation.runner import cache_bucket, prompt_bucket
 
 # As in test_parity: float32 rounding, as a share of the logits' range.
 TOLERANCE = 2e-5
@@ -45,7 +45,8 @@ def test_cached_logits_equal_uncached_step_by_step(pair, lengths):
     rows = prompts(*lengths)
     oracle = [naive_generate(model, row, len(row) + 14) for row in rows]
     runner = lm.make_generate_function()
-    logits, caches = runner.prefill(rows, 40)
+    caches, hidden = runner.prefill(runner.new_caches(len(rows), 40), rows)
+    logits = runner.logits(hidden)
     positions = np.array(lengths, "int32")
     for step in range(14):
         ours = keras.ops.convert_to_numpy(logits)
@@ -53,24 +54,21 @@ def test_cached_logits_equal_uncached_step_by_step(pair, lengths):
             assert np.abs(ours[row] - expected[step]).max() <= TOLERANCE * np.ptp(expected), (row, step)
         tokens = np.array([text[n + step] for (text, _), n in zip(oracle, lengths)], "int32")
         if step < 13:
-            logits, caches = runner.step(
-                caches, keras.ops.convert_to_tensor(tokens), keras.ops.convert_to_tensor(positions)
-            )
+            logits, caches = runner.step(caches, tokens, positions)
             positions = positions + 1
 
 
 def test_local_layers_keep_a_ring_of_the_window(pair):
+    """One slot more, where padding is thrown."""
     lm, _ = pair
-    _, caches = lm.make_generate_function().prefill(prompts(20), 40)
-    sizes = [tuple(keys.shape) for keys, _ in caches]
-    assert sizes == [(1, 2, 5, 16), (1, 2, bucket(40), 16)] * 2
-    assert cache_size(40, 5) == 5 and cache_size(3, 5) == 3 and cache_size(40, None) == 40
+    sizes = [tuple(keys.shape) for keys, _ in lm.make_generate_function().new_caches(1, 40)]
+    assert sizes == [(1, 2, 5 + 1, 16), (1, 2, 64 + 1, 16)] * 2
+    assert cache_slots(40, 5) == 5 and cache_slots(3, 5) == 3 and cache_slots(40, None) == 40 and cache_slots(40, 5, 3) == 8
 
 
 def test_slot_positions():
-    positions, written = slot_positions(keras.ops.convert_to_tensor(np.array([0, 3, 9], "int32")), 4)
+    positions = slot_positions(keras.ops.convert_to_tensor(np.array([0, 3, 9], "int32")), 4)
     assert keras.ops.convert_to_numpy(positions).tolist() == [[0, -3, -2, -1], [0, 1, 2, 3], [8, 9, 6, 7]]
-    assert keras.ops.convert_to_numpy(written).tolist() == [[True, False, False, False], [True] * 4, [True] * 4]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -197,7 +195,9 @@ def test_compiled_steps_outlive_the_sampler_but_not_the_variables(pair):
 
 
 def test_buckets():
-    assert [bucket(n) for n in (1, 16, 17, 100, 256, 257, 1000)] == [16, 16, 32, 128, 256, 512, 1024]
+    assert [prompt_bucket(n) for n in (1, 16, 17, 100, 257, 512, 1000)] == [16, 16, 32, 128, 512, 512, 512]
+    assert [cache_bucket(n, 8192) for n in (1, 256, 257, 4097)] == [256, 256, 512, 8192]
+    assert cache_bucket(20, 64) == 64
 
 
 @pytest.mark.parametrize(

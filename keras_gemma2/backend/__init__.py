@@ -11,12 +11,17 @@ import keras
 SUPPORTED = ("jax", "tensorflow", "torch")
 FUNCTIONS = (
     "linear",
+    "quantized_linear",
     "take_rows",
     "tensor_from_row_blocks",
     "untouched_tensor",
     "assign_row_blocks",
+    "release",
     "numpy_row_blocks",
     "write_slots",
+    "read_slots",
+    "cache_dtype",
+    "attention_dtype",
     "is_concrete",
     "compile_function",
     "no_gradients",
@@ -31,12 +36,17 @@ if keras.backend.backend() not in SUPPORTED:
 _module = importlib.import_module(f"keras_gemma2.backend.{keras.backend.backend()}")
 
 linear = _module.linear
+quantized_linear = _module.quantized_linear
 take_rows = _module.take_rows
 tensor_from_row_blocks = _module.tensor_from_row_blocks
 untouched_tensor = _module.untouched_tensor
 assign_row_blocks = _module.assign_row_blocks
+release = _module.release
 numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
+read_slots = _module.read_slots
+cache_dtype = _module.cache_dtype
+attention_dtype = _module.attention_dtype
 is_concrete = _module.is_concrete
 compile_function = _module.compile_function
 no_gradients = _module.no_gradients

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_gemma2.backend import jax_words
+from keras_gemma2.backend import jax_quantized, jax_words
 from keras_gemma2.backend.memory import gather_rows, untouched
 
 
@@ -32,6 +32,20 @@ def linear(x: jax.Array, kernel: Any, dtype: str, float32_output: bool = False) 
     contract_last = (((x.ndim - 1,), (1,)), ((), ()))
     kernel = keras.ops.convert_to_tensor(kernel, dtype=dtype)
     return jax.lax.dot_general(x, kernel, contract_last, preferred_element_type=out_dtype)
+
+
+def quantized_linear(x: jax.Array, codes: Any, scales: Any, mode: str, float32_output: bool = False) -> jax.Array:
+    """`x [..., in]` times a matrix kept in 8 or 4 bits, transposed: `[..., out]`, in float32 if asked for, else in x's dtype.
+
+    Args:
+        x: the rows. The product can be differentiated with respect to them.
+        codes: a variable or a tensor; int8 `[out, in]`, or for "int4" uint8 `[out, in / 2]` (see `layers/quantization.py`).
+        scales: a variable or a tensor; float32 `[out, 1]`, or for "int4" `[out, in / group]`.
+        mode: "int8" or "int4".
+        float32_output: whether to return the sums in float32.
+    """
+    out = jax_quantized.product(x, keras.ops.convert_to_tensor(codes), keras.ops.convert_to_tensor(scales), mode)
+    return out.astype(jnp.float32 if float32_output else x.dtype)
 
 
 def take_rows(table: Any, indices: jax.Array) -> jax.Array:
@@ -75,16 +89,38 @@ def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) ->
     variable.assign(tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype))
 
 
+def release(variable: keras.Variable) -> None:
+    """Nothing to do: the memory of a variable that a layer has given up goes with the variable."""
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_rows(buffer: jax.Array, block: jax.Array, start: int) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, block, (start,) + (0,) * (buffer.ndim - 1))
 
 
-def write_slots(cache: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes `values [B, K, T, H]` into `cache [B, K, S, H]` at `slots [B, T]`; in place where the cache was donated."""
-    rows = jnp.arange(cache.shape[0])[:, None]
-    # Advanced indices around a slice move to the front: the indexed view is [B, T, K, H].
-    return cache.at[rows, :, slots].set(jnp.swapaxes(values, 1, 2))
+def cache_dtype(compute_dtype: str) -> str:
+    """The dtype in which keys and values are kept: the compute dtype, or on CPU, for bfloat16, the words of jax_words.py."""
+    return "uint16" if compute_dtype == "bfloat16" and jax.default_backend() == "cpu" else compute_dtype
+
+
+def attention_dtype(compute_dtype: str) -> str:
+    """The dtype in which queries meet keys: the compute dtype; float32 on CPUs, which have no fast half products."""
+    return "float32" if jax.default_backend() == "cpu" else keras.backend.standardize_dtype(compute_dtype)
+
+
+def write_slots(cache: jax.Array, values: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
+    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in place where the cache was donated."""
+    if cache.dtype == jnp.uint16:
+        values = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    # Advanced indices around a slice move to the front: the indexed view is [b, T, K, H].
+    return cache.at[rows[:, None], :, slots].set(jnp.swapaxes(values, 1, 2).astype(cache.dtype))
+
+
+def read_slots(cache: jax.Array, rows: jax.Array | None, start: Any, size: int) -> jax.Array:
+    """Slots `start ... start + size` of `cache [B, K, S, H]`, of some rows `[b]` or of all: `[b, K, size, H]`."""
+    block = jax.lax.dynamic_slice_in_dim(cache, start, size, axis=2)
+    block = block if rows is None else block[rows]
+    return jax_words.widened(block) if block.dtype == jnp.uint16 else block
 
 
 def is_concrete(x: Any) -> bool:

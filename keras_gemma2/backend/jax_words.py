@@ -56,7 +56,7 @@ def linear_in_blocks(x: jax.Array, words: jax.Array) -> jax.Array:
 
     def product(start: jax.Array) -> jax.Array:
         block = lax.dynamic_slice_in_dim(words, start, rows, 0)
-        return lax.dot_general(wide, _widened(block), (((1,), (1,)), ((), ())))
+        return lax.dot_general(wide, widened(block), (((1,), (1,)), ((), ())))
 
     whole = words.shape[0] // rows
     out = jnp.moveaxis(lax.map(product, jnp.arange(whole) * rows), 0, 1).reshape(wide.shape[0], -1)
@@ -68,9 +68,9 @@ def linear_in_blocks(x: jax.Array, words: jax.Array) -> jax.Array:
 
 def take_rows(words: jax.Array, indices: jax.Array) -> jax.Array:
     """Rows of the bfloat16 matrix of `words`, in float32, which holds them exactly."""
-    return _widened(jnp.take(words, indices, axis=0))
+    return widened(jnp.take(words, indices, axis=0))
 
 
-def _widened(words: jax.Array) -> jax.Array:
+def widened(words: jax.Array) -> jax.Array:
     """bfloat16 is the upper half of float32."""
     return lax.bitcast_convert_type(words.astype(jnp.uint32) << 16, jnp.float32)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_gemma2.backend import tensorflow_quantized
 from keras_gemma2.backend.memory import gather_rows, untouched
 
 ELEMENTS_A_BLOCK = 1 << 19  # of a kernel widened at a time; it stays in cache
@@ -62,6 +63,20 @@ def _linear_in_blocks(rows: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Ca
     return out, gradients
 
 
+def quantized_linear(x: tf.Tensor, codes: Any, scales: Any, mode: str, float32_output: bool = False) -> tf.Tensor:
+    """`x [..., in]` times a matrix kept in 8 or 4 bits, transposed: `[..., out]`, in float32 if asked for, else in x's dtype.
+
+    Args:
+        x: the rows. The product can be differentiated with respect to them.
+        codes: a variable or a tensor; int8 `[out, in]`, or for "int4" uint8 `[out, in / 2]` (see `layers/quantization.py`).
+        scales: a variable or a tensor; float32 `[out, 1]`, or for "int4" `[out, in / group]`.
+        mode: "int8" or "int4".
+        float32_output: whether to return the sums in float32.
+    """
+    out = tensorflow_quantized.product(x, keras.ops.convert_to_tensor(codes), keras.ops.convert_to_tensor(scales), mode)
+    return tf.cast(out, tf.float32 if float32_output else x.dtype)
+
+
 def take_rows(table: Any, indices: tf.Tensor) -> tf.Tensor:
     """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype."""
     return keras.ops.take(table, indices, axis=0)
@@ -93,18 +108,40 @@ def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) ->
     variable.assign(tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype))
 
 
+def release(variable: keras.Variable) -> None:
+    """Nothing to do: the memory of a variable that a layer has given up goes with the variable."""
+
+
 def numpy_row_blocks(tensor: tf.Tensor, rows: int) -> Iterator[np.ndarray]:
     """Consecutive blocks of rows as numpy arrays."""
     return (tensor[start : start + rows].numpy() for start in range(0, tensor.shape[0], rows))
 
 
-def write_slots(cache: tf.Tensor, values: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
-    """Writes `values [B, K, T, H]` into `cache [B, K, S, H]` at `slots [B, T]`."""
+def cache_dtype(compute_dtype: str) -> str:
+    """The dtype in which keys and values are kept: the compute dtype."""
+    return compute_dtype
+
+
+def attention_dtype(compute_dtype: str) -> str:
+    """The dtype in which queries meet keys: the compute dtype; float32 on CPUs, which have no fast half products."""
+    return keras.backend.standardize_dtype(compute_dtype) if tf.config.list_logical_devices("GPU") else "float32"
+
+
+def write_slots(cache: tf.Tensor, values: tf.Tensor, rows: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
+    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in a loop, in place."""
     batch, heads, steps = tf.shape(values)[0], tf.shape(values)[1], tf.shape(values)[2]
-    grid = tf.meshgrid(tf.range(batch), tf.range(heads), tf.range(steps), indexing="ij")
+    row = tf.broadcast_to(tf.cast(rows, tf.int32)[:, None, None], (batch, heads, steps))
+    head = tf.broadcast_to(tf.range(heads)[None, :, None], (batch, heads, steps))
     slot = tf.broadcast_to(tf.cast(slots, tf.int32)[:, None, :], (batch, heads, steps))
-    indices = tf.stack([grid[0], grid[1], slot], axis=-1)
-    return tf.tensor_scatter_nd_update(cache, indices, values)
+    return tf.tensor_scatter_nd_update(cache, tf.stack([row, head, slot], axis=-1), tf.cast(values, cache.dtype))
+
+
+def read_slots(cache: tf.Tensor, rows: tf.Tensor | None, start: Any, size: int) -> tf.Tensor:
+    """Slots `start ... start + size` of `cache [B, K, S, H]`, of some rows `[b]` or of all: `[b, K, size, H]`."""
+    block = cache[:, :, start : start + size]
+    block = block if rows is None else tf.gather(block, rows)
+    block.set_shape((None, cache.shape[1], size, cache.shape[3]))
+    return block
 
 
 def is_concrete(x: Any) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from keras.src.backend.torch.core import get_device, to_torch_dtype
 
+from keras_gemma2.backend import torch_quantized
 from keras_gemma2.backend.memory import gather_rows
 
 
@@ -26,6 +27,20 @@ def linear(x: torch.Tensor, kernel: Any, dtype: str, float32_output: bool = Fals
     """
     out = torch.nn.functional.linear(x, keras.ops.convert_to_tensor(kernel, dtype=dtype))
     return out.float() if float32_output else out
+
+
+def quantized_linear(x: torch.Tensor, codes: Any, scales: Any, mode: str, float32_output: bool = False) -> torch.Tensor:
+    """`x [..., in]` times a matrix kept in 8 or 4 bits, transposed: `[..., out]`, in float32 if asked for, else in x's dtype.
+
+    Args:
+        x: the rows. The product can be differentiated with respect to them.
+        codes: a variable or a tensor; int8 `[out, in]`, or for "int4" uint8 `[out, in / 2]` (see `quantization.py`).
+        scales: a variable or a tensor; float32 `[out, 1]`, or for "int4" `[out, in / group]`.
+        mode: "int8" or "int4".
+        float32_output: whether to return the sums in float32.
+    """
+    out = torch_quantized.product(x, keras.ops.convert_to_tensor(codes), keras.ops.convert_to_tensor(scales), mode)
+    return out if float32_output else out.to(x.dtype)
 
 
 def take_rows(table: Any, indices: torch.Tensor) -> torch.Tensor:
@@ -54,6 +69,11 @@ def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) ->
     variable.value.data = tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype)
 
 
+def release(variable: keras.Variable) -> None:
+    """Frees the memory of a variable that a layer has given up; modules above it still list its parameter."""
+    variable.value.data = torch.empty(0, dtype=variable.value.dtype, device=variable.value.device)
+
+
 def _numpy_dtype(dtype: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
@@ -76,12 +96,27 @@ def _from_numpy(block: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(block)
 
 
-def write_slots(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Writes `values [B, K, T, H]` into `cache [B, K, S, H]` at `slots [B, T]`, in place."""
-    rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
-    # Advanced indices around a slice move to the front: the indexed view is [B, T, K, H].
-    cache[rows, :, slots] = values.transpose(1, 2)
+def cache_dtype(compute_dtype: str) -> str:
+    """The dtype in which keys and values are kept: the compute dtype."""
+    return compute_dtype
+
+
+def attention_dtype(compute_dtype: Any) -> str:
+    """The dtype in which queries meet keys: the compute dtype; float32 on CPUs, whose half products are slow."""
+    return "float32" if get_device() == "cpu" else keras.backend.standardize_dtype(compute_dtype)
+
+
+def write_slots(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`, in place."""
+    # Advanced indices around a slice move to the front: the indexed view is [b, T, K, H].
+    cache[rows[:, None], :, slots] = values.transpose(1, 2).to(cache.dtype)
     return cache
+
+
+def read_slots(cache: torch.Tensor, rows: torch.Tensor | None, start: Any, size: int) -> torch.Tensor:
+    """Slots `start ... start + size` of `cache [B, K, S, H]`, of some rows `[b]` or of all: `[b, K, size, H]`."""
+    block = cache.narrow(2, int(start), size)
+    return block if rows is None else block[rows]
 
 
 def is_concrete(x: Any) -> bool:

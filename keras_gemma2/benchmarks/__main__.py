@@ -1,10 +1,10 @@
-"""The program `python -m keras_gemma2.benchmarks build | load`."""
+"""The program `python -m keras_gemma2.benchmarks build | load | generate`."""
 
 from __future__ import annotations
 
 import argparse
 
-from keras_gemma2.benchmarks import build, load
+from keras_gemma2.benchmarks import build, generate, load
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     build.add_command(commands)
     load.add_command(commands)
+    generate.add_command(commands)
     options = parser.parse_args()
     options.run(options)
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -90,18 +90,19 @@ def _checkpoint(options: argparse.Namespace) -> Iterator[str]:
             shutil.rmtree(folder)
 
 
-def write_random_folder(folder: str, layers: int) -> None:
-    """Writes a Hugging Face folder with random bfloat16 weights, seeded, and the embedded preset's tokenizer.
+def write_random_folder(folder: str, layers: int, widths: Mapping[str, int] = WIDTHS_2B) -> None:
+    """Writes a Hugging Face folder with random bfloat16 weights, seeded, without a tokenizer.
 
     Args:
         folder: where to.
-        layers: decoder blocks, at 2B's widths.
+        layers: decoder blocks.
+        widths: of `Gemma2Config`, by default 2B's.
     """
     from keras_gemma2.checkpoints import hf_writer
     from keras_gemma2.checkpoints.writing import OutgoingWeights, stored
     from keras_gemma2.config import Gemma2Config
 
-    config = Gemma2Config(num_layers=layers, **WIDTHS_2B)
+    config = Gemma2Config(num_layers=layers, **widths)
     shapes = config.weight_shapes()
     generator = np.random.default_rng(0)
 

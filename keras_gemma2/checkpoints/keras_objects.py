@@ -17,6 +17,7 @@ from typing import Any
 from keras_gemma2.checkpoints.source import find_file, read_json
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.errors import CheckpointError
+from keras_gemma2.quantization import MODES
 
 VOCABULARY_FILE = os.path.join("assets", "tokenizer", "vocabulary.spm")
 POLICIES = ("float64", "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
@@ -153,6 +154,27 @@ def policy_name(dtype: Any, where: str) -> str | None:
     if name not in POLICIES:
         raise CheckpointError(f"{where}: `dtype` must be one of {', '.join(POLICIES)}. Received: {dtype!r}. Pass `dtype=`.")
     return name
+
+
+def quantized_policy_name(dtype: Any, where: str) -> str | None:
+    """As `policy_name`, but "int8_from_bfloat16" and the like stay what they are.
+
+    Raises:
+        CheckpointError: for a mode that this package has no weights for, or a model whose matrices differ in mode.
+    """
+    name, modes = policy_name(dtype, where), quantization_modes(dtype)
+    if not modes:
+        return name
+    if len(modes) > 1 or modes[0] not in MODES or _kind(dtype) == "DTypePolicyMap":
+        raise CheckpointError(
+            f"{where}: this package's presets are quantized as a whole, to one of {', '.join(MODES)}. Received: {dtype!r}."
+        )
+    return f"{modes[0]}_from_{name}"
+
+
+def float_policy_name(policy: str | None) -> str | None:
+    """The float policy that a policy's name is made from: "bfloat16" for "int8_from_bfloat16"; any other as it is."""
+    return policy if policy is None else policy.rpartition("_from_")[2]
 
 
 def quantization_modes(dtype: Any) -> list[str]:

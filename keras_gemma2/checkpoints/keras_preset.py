@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from keras_gemma2.checkpoints.keras_objects import (
     VOCABULARY_FILE,
     Classes,
-    policy_name,
+    quantized_policy_name,
     saved_preprocessor,
     saved_stop_token_ids,
     write_json_files,
@@ -49,16 +49,18 @@ def read_source(name: str, path: str) -> Source | None:
         parsed = Gemma2Config(**known)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{config}: {error}") from error
-    policy = policy_name(arguments.get("dtype"), config)
+    policy = quantized_policy_name(arguments.get("dtype"), config)
     return Source(name, KERAS, parsed, path, values, policy, saved_stop_token_ids(path), saved_preprocessor(path))
 
 
 def open_tensors(source: Source, config: Gemma2Config, stack: contextlib.ExitStack) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every weight of the h5 files, one or several."""
+    """Every weight of the h5 files, one or several; quantized ones as floats."""
     from keras_gemma2.checkpoints.h5_weights import open_weight_files
+    from keras_gemma2.checkpoints.quantized_matrix import joined
     from keras_gemma2.checkpoints.weight_map import rows_for
 
-    return open_weight_files(source.path, stack), dict(rows_for(config, KERAS))
+    cells = dict(rows_for(config, KERAS))
+    return joined(open_weight_files(source.path, stack), config, cells, source.path), cells
 
 
 def vocabulary(source: Source) -> bytes | None:

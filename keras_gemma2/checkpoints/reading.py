@@ -50,15 +50,23 @@ def stored_dtype(entries: dict[str, Any]) -> str:
 
 
 def fill(backbone: Any, entries: dict[str, Any], where: str) -> None:
-    """Assigns every weight of a backbone from an opened checkpoint, one tensor at a time.
+    """Assigns every weight of a backbone from an opened checkpoint, one tensor at a time; quantized ones by blocks of rows.
+
+    Codes that the checkpoint holds are taken as they are, where the backbone's are of the same kind.
 
     Warns of values that are not finite, naming the weight.
     """
     from keras_gemma2 import backend
 
-    for path, variable in backbone.named_weights().items():
-        blocks = watched(entries[path].row_blocks(), entries[path].cell.name, where)
-        backend.assign_row_blocks(variable, blocks)
+    for path, weight in backbone.named_weights().items():
+        tensor, name = entries[path].tensor, entries[path].cell.name
+        mode = getattr(weight, "mode", None)
+        if mode is None:
+            backend.assign_row_blocks(weight, watched(entries[path].row_blocks(), name, where))
+        elif mode == getattr(tensor, "mode", None):
+            weight.assign_quantized(tensor.codes(), watched(tensor.scales(), name, where))
+        else:
+            weight.assign_row_blocks(watched(entries[path].row_blocks(), name, where))
 
 
 def watched(blocks: Iterator[np.ndarray], name: str, where: str) -> Iterator[np.ndarray]:

@@ -106,11 +106,11 @@ def stored(dtype: str, argument: str = "dtype") -> np.dtype:
 
 
 def outgoing_from_backbone(backbone: Any, dtype: str | None = None) -> OutgoingWeights:
-    """The weights of a model.
+    """The weights of a model; those of a quantized one as the floats that its codes and scales stand for.
 
     Args:
         backbone: a `Gemma2Backbone`.
-        dtype: what to store them in; default that of its variables.
+        dtype: what to store them in; default that of its variables, for a quantized one that of the floats it was made of.
 
     Raises:
         ValueError: for a dtype that weights are not stored in.
@@ -126,9 +126,10 @@ def outgoing_from_backbone(backbone: Any, dtype: str | None = None) -> OutgoingW
     named = backbone.named_weights()
 
     def row_blocks(path: str) -> Iterator[np.ndarray]:
-        shape = tuple(named[path].shape)
-        rows = max(1, ELEMENTS_A_BLOCK // max(1, math.prod(shape[1:])))
-        return backend.numpy_row_blocks(named[path].value, rows)
+        weight = named[path]
+        rows = max(1, ELEMENTS_A_BLOCK // max(1, math.prod(weight.shape[1:])))
+        quantized = hasattr(weight, "row_blocks")
+        return weight.row_blocks(rows) if quantized else backend.numpy_row_blocks(weight.value, rows)
 
     return OutgoingWeights(backbone.config, stored(own if dtype is None else dtype), row_blocks)
 

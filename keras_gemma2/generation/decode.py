@@ -1,99 +1,164 @@
-"""Prefill, one decode step, and the loop: three functions, shared by everything that generates."""
+"""Extending caches by prompts and by single tokens, and the loop around it: what everything that generates is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any
 
-import numpy as np
 from keras import ops
 
-from keras_gemma2.cache import PromptCache, StepCache, cache_size, slot_positions
-from keras_gemma2.layers import attention_mask
+from keras_gemma2.cache import Cache, LayerCache, Tokens
+from keras_gemma2.generation.drawing import log_probability
+from keras_gemma2.generation.sampler import choose
 
-Caches = list[tuple[Any, Any]]
+STEPS = 32  # of the loop, at most, before it gives back what it chose
+CLOSED, NOT_A_NUMBER = -1, -2  # what stands in place of a token where a row has ended, or where its logits hold no number
 
 
-def prefill(backbone: Any, token_ids: Any, lengths: Any, max_length: int) -> tuple[Any, Caches]:
-    """Runs the prompts and fills the caches.
+def extend(backbone: Any, caches: list[Cache], token_ids: Any, tokens: Tokens) -> tuple[Any, list[Cache]]:
+    """Runs tokens on top of what the caches hold.
 
     Args:
         backbone: a `Gemma2Backbone`.
-        token_ids: int32 `[B, T]`, padded on the right.
-        lengths: int32 `[B]`, real tokens of each row, at least 1.
-        max_length: tokens, prompt included, that the caches must have room for.
+        caches: one a layer; may be overwritten.
+        token_ids: int32 `[b, T]`, padded on the right.
+        tokens: where they stand.
 
     Returns:
-        Hidden state after the final norm of each row's last token, `[B, D]`, and one cache a layer.
+        The residual stream `[b, T, D]`, before the final norm, and the caches.
     """
-    batch, steps = ops.shape(token_ids)[0], ops.shape(token_ids)[1]
-    positions = ops.broadcast_to(ops.arange(steps, dtype="int32")[None], (batch, steps))
-    real = positions < lengths[:, None]
     config = backbone.config
-    masks = {kind: attention_mask(positions, positions, real, config.window(kind)) for kind in backbone.masks}
-    caches = [PromptCache(lengths, cache_size(max_length, config.window(kind))) for kind in config.layer_types]
-    x = backbone.run_blocks(token_ids, positions, masks, caches)
-    last = ops.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return backbone.layer_norm(last)[:, 0], [cache.stored for cache in caches]
+    layers = [LayerCache(cache, tokens, config.window(kind)) for cache, kind in zip(caches, config.layer_types)]
+    x = backbone.run_blocks(token_ids, tokens.positions, None, layers)
+    return x, [layer.stored for layer in layers]
 
 
-def decode_step(backbone: Any, caches: Caches, token_ids: Any, positions: Any) -> tuple[Any, Caches]:
+def extend_prompts(
+    backbone: Any, caches: list[Cache], hidden: Any, token_ids: Any, tokens: Tokens, sources: Any
+) -> tuple[list[Cache], Any]:
+    """Runs a piece of some rows' prompts.
+
+    Args:
+        backbone, caches, token_ids, tokens: as `extend` takes them.
+        hidden: `[B, D]`: each row's last hidden state so far, after the final norm.
+        sources: int32 `[B]`: for each row of the caches its row in `token_ids`, or -1.
+
+    Returns:
+        The caches, and `hidden` with the rows that ran replaced.
+    """
+    x, caches = extend(backbone, caches, token_ids, tokens)
+    last = ops.take_along_axis(x, ops.maximum(tokens.counts - 1, 0)[:, None, None], axis=1)
+    last = ops.take(backbone.layer_norm(last)[:, 0], ops.maximum(sources, 0), axis=0)
+    return caches, ops.where(sources[:, None] >= 0, last, hidden)
+
+
+def decode_step(backbone: Any, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[Any, list[Cache]]:
     """Runs one token a row.
 
     Args:
         backbone: a `Gemma2Backbone`.
-        caches: one a layer, from `prefill` or the step before; may be overwritten.
+        caches: one a layer; may be overwritten.
         token_ids: int32 `[B]`.
         positions: int32 `[B]`, each row's own.
 
     Returns:
         Hidden state after the final norm, `[B, D]`, and the caches.
     """
-    config, queries = backbone.config, positions[:, None]
-    sizes = {kind: cache[0].shape[2] for kind, cache in zip(config.layer_types, caches)}
-    masks = {
-        kind: attention_mask(queries, *slot_positions(positions, size), config.window(kind))
-        for kind, size in sizes.items()
-    }
-    steps = [StepCache(cache, positions) for cache in caches]
-    x = backbone.run_blocks(token_ids[:, None], queries, masks, steps)
-    return backbone.layer_norm(x)[:, 0], [step.stored for step in steps]
+    tokens = Tokens(None, positions, ops.ones_like(positions), steps=1)
+    x, caches = extend(backbone, caches, token_ids[:, None], tokens)
+    return backbone.layer_norm(x)[:, 0], caches
 
 
-def generate_loop(
-    prefill_logits: Any,
-    caches: Caches,
-    step: Callable[[Caches, Any, Any], tuple[Any, Caches]],
-    choose: Callable[[Any], np.ndarray],
-    lengths: np.ndarray,
-    max_lengths: np.ndarray,
-    stop_token_ids: Sequence[int],
-) -> list[list[int]]:
-    """Chooses and runs tokens until each row has met a stop token or its length. Rows go on from their own lengths.
+@dataclasses.dataclass(frozen=True)
+class Choosing:
+    """How tokens are chosen and when rows end; all but `key` are arguments of the compiled functions.
 
     Args:
-        prefill_logits: `[B, V]`, for the first new token.
-        caches: from `prefill`.
-        step: `(caches, token_ids [B], positions [B]) -> (logits [B, V], caches)`.
-        choose: `logits [B, V] -> int [B]`, numpy.
-        lengths: int `[B]`, tokens of each prompt.
-        max_lengths: int `[B]`, tokens each row may have at the end, prompt included.
-        stop_token_ids: ids that end a row; the id itself is kept.
+        key, arrays: of a sampler's `Plan`.
+        stop_token_ids: int32 `[B, n]`, each row's, padded with -1.
+        limits: int32 `[B]`, tokens that each row may have, prompt included.
+    """
+
+    key: Any
+    arrays: dict[str, Any]
+    stop_token_ids: Any
+    limits: Any
+
+
+def choose_next(
+    backbone: Any, choosing: Choosing, hidden: Any, marks: Any, positions: Any, open_rows: Any, uniforms: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Each open row's next token.
+
+    Args:
+        backbone: a `Gemma2Backbone`.
+        choosing: how.
+        hidden: `[B, D]`, after the final norm.
+        marks: of the sampler: which tokens each row has had.
+        positions: int32 `[B]`, where the next tokens will stand.
+        open_rows: bool `[B]`.
+        uniforms: float32 `[B]`, one draw a row.
 
     Returns:
-        The new ids of each row.
+        int32 tokens `[B]` (`CLOSED` or `NOT_A_NUMBER` where there is none), their float32 log-probabilities, the marks, and which
+        rows are still open.
     """
-    completions: list[list[int]] = [[] for _ in lengths]
-    open_rows = lengths < max_lengths
-    logits, positions = prefill_logits, lengths.astype("int32")
-    while open_rows.any():
-        tokens = choose(logits).astype("int32")
-        for row in np.flatnonzero(open_rows):
-            completions[row].append(int(tokens[row]))
-        ended = np.isin(tokens, stop_token_ids) | (positions + 1 >= max_lengths)
-        open_rows &= ~ended
-        if open_rows.any():
-            # Rows that have ended run along in place, at their last position: what they compute is not read.
-            logits, caches = step(caches, ops.convert_to_tensor(tokens), ops.convert_to_tensor(positions))
-            positions = positions + open_rows.astype("int32")
-    return completions
+    logits = backbone.token_embedding(hidden, reverse=True)
+    chosen, marks = choose(choosing.key, choosing.arrays, marks, logits, uniforms)
+    known = chosen >= 0
+    logprobs = log_probability(logits, ops.maximum(chosen, 0))
+    tokens = ops.where(open_rows, ops.where(known, chosen, NOT_A_NUMBER), CLOSED)
+    stopped = ops.any(ops.equal(chosen[:, None], choosing.stop_token_ids), axis=1)
+    ended = ops.logical_or(stopped, ops.logical_or(positions + 1 >= choosing.limits, ops.logical_not(known)))
+    return tokens, logprobs, marks, ops.logical_and(open_rows, ops.logical_not(ended))
+
+
+def decode_loop(
+    backbone: Any,
+    choosing: Choosing,
+    state: tuple[list[Cache], Any],
+    token_ids: Any,
+    positions: Any,
+    open_rows: Any,
+    uniforms: Any,
+    steps: Any,
+) -> tuple[tuple[list[Cache], Any], Any, Any, Any]:
+    """Runs and chooses tokens until all rows have ended, or for a number of steps.
+
+    Args:
+        backbone: a `Gemma2Backbone`.
+        choosing: how.
+        state: the caches and the sampler's marks; may be overwritten.
+        token_ids: int32 `[B]`, the last token of each row, which has not run yet.
+        positions: int32 `[B]`, where they stand.
+        open_rows: bool `[B]`.
+        uniforms: float32 `[STEPS, B]`.
+        steps: int32 scalar, at most `STEPS`.
+
+    Returns:
+        The state, tokens int32 `[B, STEPS]` (`CLOSED` where none was chosen), log-probabilities float32 `[B, STEPS]`, and the rows still
+        open.
+    """
+    batch, column = ops.shape(token_ids)[0], ops.arange(STEPS, dtype="int32")[None, :]
+
+    def step(i: Any, state: Any, token_ids: Any, positions: Any, open_rows: Any, chosen: Any, logprobs: Any) -> tuple:
+        caches, marks = state
+        hidden, caches = decode_step(backbone, caches, token_ids, positions)
+        was_open = open_rows
+        positions = ops.where(was_open, positions + 1, positions)
+        tokens, logprob, marks, open_rows = choose_next(
+            backbone, choosing, hidden, marks, positions, was_open, ops.take(uniforms, i, axis=0)
+        )
+        # Rows that have ended run along in place, on their last token: what they compute is not read.
+        token_ids = ops.where(tokens >= 0, tokens, token_ids)
+        here = column == i
+        chosen, logprobs = ops.where(here, tokens[:, None], chosen), ops.where(here, logprob[:, None], logprobs)
+        return i + 1, (caches, marks), token_ids, positions, open_rows, chosen, logprobs
+
+    def goes_on(i: Any, *variables: Any) -> Any:
+        return ops.logical_and(i < steps, ops.any(variables[3]))
+
+    nothing = ops.full((batch, STEPS), CLOSED, "int32")
+    start = (ops.zeros((), "int32"), state, token_ids, positions, open_rows, nothing, ops.zeros((batch, STEPS), "float32"))
+    _, state, _, _, open_rows, chosen, logprobs = ops.while_loop(goes_on, step, start)
+    return state, chosen, logprobs, open_rows

@@ -1,8 +1,7 @@
-"""Token ids in, token ids out: sampling with keras-hub's samplers on top of the decode loop."""
+"""Requests in, token ids out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras_hub
@@ -10,75 +9,120 @@ import numpy as np
 from keras import ops
 
 from keras_gemma2 import backend
-from keras_gemma2.generation.decode import generate_loop
+from keras_gemma2.generation.decode import STEPS
+from keras_gemma2.generation.decoding import Decoding, HostDecoding
+from keras_gemma2.generation.own_loop import generate_with_own_loop, has_own_loop
+from keras_gemma2.generation.requests import GREEDY, Request, tokens_before
 from keras_gemma2.generation.runner import Runner
+from keras_gemma2.generation.sampler import plan
+from keras_gemma2.generation.text_stream import TextStream
+
+STEPS_BETWEEN_CHECKS = 8  # for stop strings, which are looked for on the host
 
 
-def generate_tokens(
-    runner: Runner,
-    sampler: keras_hub.samplers.Sampler,
-    prompts: list[list[int]],
-    max_lengths: Sequence[int],
-    stop_token_ids: Sequence[int],
-) -> list[list[int]]:
-    """Continues each prompt until a stop token or its length.
+def begin(runner: Runner, request: Request) -> Decoding:
+    """Runs the prompts of a request; what it returns goes on from there."""
+    before = tokens_before(request.prefix)
+    rows = [[*before, *prompt] for prompt in request.prompts]
+    caches, hidden = [], None
+    if any(len(row) < limit for row, limit in zip(rows, request.limits)):
+        with backend.no_gradients():
+            caches, hidden = _prefilled(runner, request, max(request.limits))
+    ours = request.sampler if isinstance(request.sampler, list) else [GREEDY] * len(rows)
+    chosen = plan(ours, runner.backbone.config.vocabulary_size)
+    arguments = (runner, caches, hidden, rows, request.limits, chosen, request.seeds, [request.stop_token_ids] * len(rows))
+    if not isinstance(request.sampler, list):
+        return HostDecoding(*arguments, choose=_keras_hub_choice(request.sampler))
+    return HostDecoding(*arguments) if chosen.on_host else Decoding(*arguments)
+
+
+def _prefilled(runner: Runner, request: Request, room: int) -> tuple[Any, Any]:
+    batch, prefix = len(request.prompts), request.prefix
+    if prefix is None:
+        return runner.prefill(runner.new_caches(batch, room), request.prompts)
+    caches = runner.copied_caches(prefix.caches, len(prefix), batch, room)
+    return runner.prefill(caches, request.prompts, [len(prefix)] * batch)
+
+
+def _keras_hub_choice(sampler: keras_hub.samplers.Sampler) -> Any:
+    """Chooses with a keras-hub sampler, which looks at all rows at once and draws from a generator of its own."""
+
+    def choose(logits: Any, decoding: HostDecoding) -> np.ndarray:
+        return ops.convert_to_numpy(sampler.get_next_token(sampler.compute_probabilities(logits)))
+
+    return choose
+
+
+def check_streams(request: Request) -> None:
+    """Raises a ValueError if the sampler decides nothing before the end."""
+    if has_own_loop(request.sampler):
+        raise ValueError(
+            f"`sampler` must choose one token at a time to stream. Received: {type(request.sampler).__name__}, which decides at the end. "
+            "Use `generate`, or another sampler."
+        )
+
+
+def run(runner: Runner, request: Request, tokenizer: Any) -> tuple[list[list[int]], list[list[float]], list[str] | None]:
+    """Continues each prompt of a request until a stop or its limit.
 
     Args:
         runner: of the model.
-        sampler: any keras-hub sampler. One that defines only `get_next_token` chooses row by row inside our loop; one with
-            a loop of its own (beam search) runs that.
-        prompts: token ids of each row, at least one each.
-        max_lengths: tokens each row may have at the end, prompt included.
-        stop_token_ids: ids that end a row.
+        request: what to do.
+        tokenizer: for stop strings; None where there are none.
 
     Returns:
-        The new ids of each row, a stop token that ended it included.
+        The new ids of each row (a stop token that ended it included), their log-probabilities, and, if there are stop strings, the new
+        texts, cut before them.
     """
-    lengths, limits = np.array([len(p) for p in prompts], "int32"), np.array(max_lengths, "int32")
-    if (lengths >= limits).all():
-        return [[] for _ in prompts]
-    with backend.no_gradients():
-        if type(sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
-            return _run_own_loop(runner, sampler, prompts, int(limits.max()), stop_token_ids)
-        logits, caches = runner.prefill(prompts, int(limits.max()))
-
-        def choose(logits: Any) -> np.ndarray:
-            return ops.convert_to_numpy(sampler.get_next_token(sampler.compute_probabilities(logits)))
-
-        return generate_loop(logits, caches, runner.step, choose, lengths, limits, stop_token_ids)
-
-
-def _run_own_loop(
-    runner: Runner, sampler: Any, prompts: list[list[int]], max_length: int, stop_token_ids: Sequence[int]
-) -> list[list[int]]:
-    """Runs a sampler that brings its own loop, by keras-hub's protocol: all rows step together from the shortest prompt on."""
-    if isinstance(sampler, keras_hub.samplers.ContrastiveSampler):
-        raise ValueError(
-            "`sampler` must not be a ContrastiveSampler: it needs the hidden states of the whole prompt, which Gemma 2's cached "
-            "decoding does not keep. Use 'greedy', 'top_k', 'top_p', 'random' or 'beam'."
-        )
-    shortest = min(len(prompt) for prompt in prompts)
-    _, caches = runner.prefill([prompt[:shortest] for prompt in prompts], max_length)
-    token_ids = np.zeros((len(prompts), max_length), "int32")
-    mask = np.zeros((len(prompts), max_length), "bool")
-    for row, prompt in enumerate(prompts):
-        token_ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-
-    def next_token(prompt: Any, cache: Any, index: Any) -> tuple[Any, Any, Any]:
-        position = ops.cast(index, "int32") - 1
-        last = ops.take(prompt, position, axis=1)
-        positions = ops.broadcast_to(ops.reshape(position, (1,)), (ops.shape(prompt)[0],))
-        logits, cache = runner._step(cache, last, positions)
-        return logits, None, cache
-
-    stop = list(stop_token_ids) or None
-    output = sampler(next_token, ops.convert_to_tensor(token_ids), caches, shortest, ops.convert_to_tensor(mask), stop)
-    rows = ops.convert_to_numpy(output)
-    return [_until_stop(rows[i, len(prompt) :].tolist(), stop_token_ids) for i, prompt in enumerate(prompts)]
+    if has_own_loop(request.sampler):
+        with backend.no_gradients():
+            rows = generate_with_own_loop(runner, request)
+        return rows, [[] for _ in rows], None
+    decoding = begin(runner, request)
+    texts = RowTexts(tokenizer, request) if request.stop_strings else None
+    new: list[list[int]] = [[] for _ in request.prompts]
+    while decoding.open_rows.any():
+        with backend.no_gradients():
+            chosen = decoding.advance(STEPS_BETWEEN_CHECKS if texts else STEPS)
+        for row, tokens in enumerate(chosen):
+            kept = texts.push(decoding, row, tokens)[1] if texts else len(tokens)
+            new[row] += tokens[:kept]
+    logprobs = [of_row[: len(ids)] for of_row, ids in zip(decoding.logprobs, new)]
+    return new, logprobs, texts.texts if texts else None
 
 
-def _until_stop(token_ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
-    for i, token_id in enumerate(token_ids):
-        if token_id in stop_token_ids:
-            return token_ids[: i + 1]
-    return token_ids
+class RowTexts:
+    """The text of each row as its tokens come, and the end of a row at a stop string.
+
+    Args:
+        tokenizer: the model's.
+        request: what is done.
+
+    Attributes:
+        texts: of each row, what is decided so far.
+    """
+
+    def __init__(self, tokenizer: Any, request: Request) -> None:
+        # The text is that of the preprocessor's generate_postprocess.
+        dropped = tokenizer.special_token_ids, (tokenizer.end_of_turn_token_id,)
+        self._streams = [TextStream(tokenizer, request.stop_strings, *dropped) for _ in request.prompts]
+        self.texts = ["" for _ in request.prompts]
+
+    def push(self, decoding: Decoding, row: int, tokens: list[int]) -> tuple[str, int]:
+        """Takes a row's new tokens; closes the row where a stop string comes up.
+
+        Returns:
+            The text that is decided by them, and how many of the tokens stand before the row's end.
+        """
+        if not tokens:
+            return "", 0
+        stream, piece, count = self._streams[row], "", 0
+        while count < len(tokens) and not stream.stopped:
+            piece += stream.push([tokens[count]])
+            count += 1
+        if stream.stopped:
+            decoding.close(row)
+        elif not decoding.open_rows[row]:
+            piece += stream.finish()
+        self.texts[row] += piece
+        return piece, count

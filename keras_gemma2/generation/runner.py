@@ -1,26 +1,69 @@
-"""The compiled prefill and decode step of one model, kept from call to call."""
+"""The compiled functions of one model, kept from call to call: caches are made, extended by prompts, and decoded from."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
 from keras_gemma2 import backend
-from keras_gemma2.generation.decode import Caches, decode_step, prefill
+from keras_gemma2.cache import Cache, Tokens, copied_caches, empty_caches
+from keras_gemma2.generation.decode import Choosing, choose_next, decode_loop, decode_step, extend_prompts
+
+CHUNK = 512  # tokens of a prompt that run at a time: enough to keep the products busy, few enough to keep what they hold small
+TOKENS_A_CALL = 1024  # of several rows' prompts together
 
 
-def bucket(length: int) -> int:
-    """The padded length that a length is compiled for: a power of two up to 256, then a multiple of 256.
+def prompt_bucket(length: int) -> int:
+    """The padded length that a piece of a prompt is compiled for: a power of two from 16 to `CHUNK`.
 
     Example:
-        >>> bucket(5), bucket(17), bucket(300)
+        >>> prompt_bucket(5), prompt_bucket(17), prompt_bucket(4000)
         (16, 32, 512)
     """
-    if length > 256:
-        return -(-length // 256) * 256
-    return max(16, 1 << (length - 1).bit_length())
+    return min(CHUNK, _power_of_two(max(16, length)))
+
+
+def cache_bucket(length: int, max_sequence_length: int) -> int:
+    """The room that caches are made with: a power of two from 256, or the model's context.
+
+    Example:
+        >>> cache_bucket(20, 8192), cache_bucket(1025, 8192), cache_bucket(20, 64)
+        (256, 2048, 64)
+    """
+    return min(_power_of_two(max(256, length)), max(length, max_sequence_length))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+class Piece(NamedTuple):
+    """What one call runs of some rows' prompts; all rows have the same padded length."""
+
+    steps: int
+    rows: list[int]
+    firsts: list[int]
+    counts: list[int]
+
+
+def pieces(lengths: Sequence[int]) -> Iterator[Piece]:
+    """Cuts prompts of some lengths into pieces, of `CHUNK` tokens but for the last, and puts like pieces of several rows together.
+
+    Example:
+        >>> [(piece.steps, piece.rows, piece.counts) for piece in pieces([20, 600, 30])]
+        [(32, [0, 2], [20, 30]), (512, [1], [512]), (128, [1], [88])]
+    """
+    for first in range(0, max(lengths), CHUNK):
+        counts = {row: min(CHUNK, length - first) for row, length in enumerate(lengths) if length > first}
+        for steps in sorted({prompt_bucket(count) for count in counts.values()}):
+            rows = [row for row, count in counts.items() if prompt_bucket(count) == steps]
+            together = max(1, TOKENS_A_CALL // steps)
+            for start in range(0, len(rows), together):
+                some = rows[start : start + together]
+                yield Piece(steps, some, [first] * len(some), [counts[row] for row in some])
 
 
 class Runner:
@@ -32,35 +75,117 @@ class Runner:
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
-        self._prefills: dict[int, Any] = {}
-        self.step = backend.compile_function(self._step, backbone.variables)
+        self._extend = {fresh: self._compiled(self._extend_function(fresh)) for fresh in (True, False)}
+        self._first: dict[Any, Any] = {}
+        self._loops: dict[Any, Any] = {}
+        self._step = self._compiled(self.step_function)
+        self._logits = self._compiled(lambda unused, hidden: self._head(hidden))
+        self._copy = self._compiled(lambda empty, caches, count: copied_caches(caches, count, empty))
 
-    def prefill(self, prompts: list[list[int]], max_length: int) -> tuple[Any, Caches]:
-        """Runs prompts of token ids; returns the logits `[B, V]` that choose each row's first new token, and the caches.
+    def _compiled(self, function: Any) -> Any:
+        return backend.compile_function(function, self.backbone.variables)
+
+    # Caches ---------------------------------------------------------------------------------------------------------------
+
+    def new_caches(self, batch: int, length: int, slack: int = 0) -> list[Cache]:
+        """Empty caches for `batch` rows of at most `length` tokens."""
+        config = self.backbone.config
+        room = cache_bucket(length, config.max_sequence_length)
+        return empty_caches(config, batch, room, self.backbone.compute_dtype, slack)
+
+    def copied_caches(self, caches: list[Cache], count: int, batch: int, length: int, slack: int = 0) -> list[Cache]:
+        """Caches for `batch` rows of at most `length` tokens, each with the `count` tokens of a cache of one row."""
+        return self._copy(self.new_caches(batch, length, slack), caches, *_tensors(np.int32(count)))
+
+    # Prompts --------------------------------------------------------------------------------------------------------------
+
+    def prefill(
+        self, caches: list[Cache], prompts: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+    ) -> tuple[list[Cache], Any]:
+        """Runs prompts on top of what the caches hold.
 
         Args:
-            prompts: ids of each row, at least one each.
-            max_length: tokens, prompt included, that the caches must have room for.
-        """
-        lengths = np.array([len(prompt) for prompt in prompts], "int32")
-        token_ids = np.zeros((len(prompts), bucket(int(lengths.max()))), "int32")
-        for row, prompt in enumerate(prompts):
-            token_ids[row, : len(prompt)] = prompt
-        size = bucket(max_length)
-        if size not in self._prefills:
-            self._prefills[size] = backend.compile_function(self._prefill_for(size), self.backbone.variables)
-        return self._prefills[size]((), ops.convert_to_tensor(token_ids), ops.convert_to_tensor(lengths))
+            caches: from `new_caches`, of as many rows; given up.
+            prompts: token ids of each row; none for a row that stays as it is.
+            starts: tokens that stand before them, of each row; None for none.
 
-    def _prefill_for(self, size: int) -> Any:
-        def run(unused: tuple[()], token_ids: Any, lengths: Any) -> tuple[Any, Caches]:
-            hidden, caches = prefill(self.backbone, token_ids, lengths, size)
-            return self._logits(hidden), caches
+        Returns:
+            The caches, and the hidden state `[B, D]` of each row's last token, after the final norm.
+        """
+        starts = np.zeros(len(prompts), "int32") if starts is None else np.asarray(starts, "int32")
+        shape = (len(prompts), self.backbone.config.hidden_dim)
+        hidden = ops.zeros(shape, self.backbone.compute_dtype)
+        for piece in pieces([len(prompt) for prompt in prompts]):
+            caches, hidden = self._run_piece(caches, hidden, prompts, starts, piece)
+        return caches, hidden
+
+    def _run_piece(self, caches: Any, hidden: Any, prompts: Any, starts: np.ndarray, piece: Piece) -> tuple[Any, Any]:
+        batch = _power_of_two(len(piece.rows))
+        token_ids = np.zeros((batch, piece.steps), "int32")
+        rows, first, counts = (np.zeros(batch, "int32") for _ in range(3))
+        sources = np.full(len(prompts), -1, "int32")
+        for i, (row, begin, count) in enumerate(zip(piece.rows, piece.firsts, piece.counts)):
+            token_ids[i, :count] = prompts[row][begin : begin + count]
+            rows[i], first[i], counts[i], sources[row] = row, starts[row] + begin, count, i
+        # Rows that fill up the bucket have no real token: they store nothing, and nothing of theirs is read.
+        run = self._extend[not first.any()]
+        return run((caches, hidden), *_tensors(token_ids, rows, first, counts, sources))
+
+    def _extend_function(self, fresh: bool) -> Any:
+        def run(state: Any, token_ids: Any, rows: Any, starts: Any, counts: Any, sources: Any) -> Any:
+            tokens = Tokens(rows, starts, counts, token_ids.shape[1], fresh)
+            return extend_prompts(self.backbone, *state, token_ids, tokens, sources)
 
         return run
 
-    def _step(self, caches: Caches, token_ids: Any, positions: Any) -> tuple[Any, Caches]:
-        hidden, caches = decode_step(self.backbone, caches, token_ids, positions)
-        return self._logits(hidden), caches
+    # Tokens ---------------------------------------------------------------------------------------------------------------
 
-    def _logits(self, hidden: Any) -> Any:
+    def first(self, choosing: Choosing, marks: Any, hidden: Any, positions: Any, open_rows: Any, uniforms: Any) -> Any:
+        """The compiled `decode.choose_next`: the token that follows each prompt."""
+        if choosing.key not in self._first:
+
+            def run(marks: Any, arrays: Any, stops: Any, limits: Any, hidden: Any, *rest: Any) -> Any:
+                chosen = Choosing(choosing.key, arrays, stops, limits)
+                return choose_next(self.backbone, chosen, hidden, marks, *rest)
+
+            self._first[choosing.key] = self._compiled(run)
+        arguments = _tensors(positions, open_rows, uniforms)
+        return self._first[choosing.key](marks, *_of(choosing), hidden, *arguments)
+
+    def loop(
+        self, choosing: Choosing, state: Any, token_ids: Any, positions: Any, open_rows: Any, uniforms: Any, steps: int
+    ) -> Any:
+        """The compiled `decode.decode_loop`."""
+        if choosing.key not in self._loops:
+
+            def run(state: Any, arrays: Any, stops: Any, limits: Any, *rest: Any) -> Any:
+                return decode_loop(self.backbone, Choosing(choosing.key, arrays, stops, limits), state, *rest)
+
+            self._loops[choosing.key] = self._compiled(run)
+        arguments = _tensors(token_ids, positions, open_rows, uniforms, np.int32(steps))
+        return self._loops[choosing.key](state, *_of(choosing), *arguments)
+
+    def logits(self, hidden: Any) -> Any:
+        """Float32 logits `[..., V]` of hidden states `[..., D]` after the final norm."""
+        return self._logits((), hidden)
+
+    def step(self, caches: list[Cache], token_ids: np.ndarray, positions: np.ndarray) -> tuple[Any, list[Cache]]:
+        """One token a row, `[B]`: the logits `[B, V]` of the next, and the caches."""
+        return self._step(caches, *_tensors(token_ids, positions))
+
+    def step_function(self, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[Any, list[Cache]]:
+        """`step`, not compiled, for loops that are traced as a whole."""
+        hidden, caches = decode_step(self.backbone, caches, token_ids, positions)
+        return self._head(hidden), caches
+
+    def _head(self, hidden: Any) -> Any:
         return self.backbone.token_embedding(hidden, reverse=True)
+
+
+def _tensors(*arrays: Any) -> list[Any]:
+    return [ops.convert_to_tensor(array) for array in arrays]
+
+
+def _of(choosing: Choosing) -> list[Any]:
+    arrays = {name: ops.convert_to_tensor(array) for name, array in choosing.arrays.items()}
+    return [arrays, *_tensors(choosing.stop_token_ids, choosing.limits)]

@@ -7,16 +7,15 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_gemma2.layers.blocked_attention import MASKED_SCORE
 from keras_gemma2.layers.linear import Linear
 from keras_gemma2.layers.numerics import saturate, soft_cap
+from keras_gemma2.layers.quantization import QuantizableContainer
 from keras_gemma2.layers.rotary import apply_rotary
-
-# Finite, and applied in float32 only: a row with every key masked comes out as a plain mean, not NaN.
-MASKED_SCORE = -1e30
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class GroupedQueryAttention(keras.layers.Layer):
+class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
     """Project, rotate, scale, cache, score, cap, mask, softmax, combine, project out.
 
     Each of the K key/value heads serves G = N / K query heads. Source: technical report section 2; GQA (arXiv 2305.13245).
@@ -31,9 +30,9 @@ class GroupedQueryAttention(keras.layers.Layer):
     Call arguments:
         inputs: `[B, T, D]`.
         cos, sin: float32 `[B, T, 1, H / 2]`, from `RotaryEmbedding`.
-        mask: bool `[B, T, S]`, true where a query may see a key; S = T without a cache.
-        cache: None, or an object whose `update(keys, values)` takes the new `[B, K, T, H]` pair and returns the pair
-            `[B, K, S, H]` to attend to.
+        mask: bool `[B, T, T]`, true where a query may see a key; None with a cache, which knows.
+        cache: None, or an object whose `attend(queries, keys, values, soft_cap)` stores the new keys and values and gives what the
+            queries read from all it holds (`keras_gemma2.cache.LayerCache`).
 
     Returns:
         `[B, T, D]` in the compute dtype.
@@ -85,10 +84,11 @@ class GroupedQueryAttention(keras.layers.Layer):
     def call(self, inputs: Any, cos: Any, sin: Any, mask: Any, cache: Any = None) -> Any:
         queries, keys, values = self._project(inputs, cos, sin)
         if cache is not None:
-            keys, values = cache.update(keys, values)
-        scores = soft_cap(self._scores(queries, keys), self.logit_soft_cap)
-        weights = self._masked_softmax(scores, mask)
-        return self.output_projection(self._combine(weights, values))
+            heads = cache.attend(queries, keys, values, self.logit_soft_cap)
+        else:
+            scores = soft_cap(self._scores(queries, keys), self.logit_soft_cap)
+            heads = ops.einsum("bkgts,bksh->bkgth", self._masked_softmax(scores, mask), values)
+        return self.output_projection(self._together(heads))
 
     def _project(self, inputs: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
         """Scaled, rotated queries `[B, K, G, T, H]`; rotated keys and plain values `[B, K, T, H]`."""
@@ -114,9 +114,10 @@ class GroupedQueryAttention(keras.layers.Layer):
         scores = ops.where(mask[:, None, None, :, :], scores, MASKED_SCORE)
         return ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
 
-    def _combine(self, weights: Any, values: Any) -> Any:
-        heads = ops.einsum("bkgts,bksh->btkgh", weights, values)
-        return ops.reshape(heads, (ops.shape(heads)[0], ops.shape(heads)[1], self.num_query_heads * self.head_dim))
+    def _together(self, heads: Any) -> Any:
+        """`[B, K, G, T, H] -> [B, T, N * H]`."""
+        batch, steps = ops.shape(heads)[0], ops.shape(heads)[3]
+        return ops.reshape(ops.transpose(heads, (0, 3, 1, 2, 4)), (batch, steps, self.num_query_heads * self.head_dim))
 
     def compute_output_spec(self, inputs: Any, cos: Any, sin: Any, mask: Any, cache: Any = None) -> keras.KerasTensor:
         return keras.KerasTensor(inputs.shape, self.compute_dtype)

@@ -10,11 +10,12 @@ from keras_gemma2.config import Gemma2Config
 from keras_gemma2.layers.attention import GroupedQueryAttention
 from keras_gemma2.layers.feed_forward import FeedForward
 from keras_gemma2.layers.numerics import stream_dtype
+from keras_gemma2.layers.quantization import QuantizableContainer, float_policy
 from keras_gemma2.layers.rms_norm import RMSNorm
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class DecoderBlock(keras.layers.Layer):
+class DecoderBlock(QuantizableContainer, keras.layers.Layer):
     """Attention and feed-forward, each normalized before and after, each added to the residual stream.
 
     The post-norms act on the branch, before the addition (technical report, section 2; Hugging Face `Gemma2DecoderLayer`).
@@ -56,7 +57,7 @@ class DecoderBlock(keras.layers.Layer):
         self.dropout = keras.layers.Dropout(config.dropout, dtype=stream, name="dropout") if config.dropout else None
 
     def _norm(self, name: str, output_dtype: str | None = None) -> RMSNorm:
-        return RMSNorm(self.config.layer_norm_epsilon, output_dtype, dtype=self.dtype_policy, name=name)
+        return RMSNorm(self.config.layer_norm_epsilon, output_dtype, dtype=float_policy(self.dtype_policy), name=name)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         for layer in (

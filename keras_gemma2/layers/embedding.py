@@ -11,16 +11,20 @@ from keras import ops
 from keras_gemma2 import backend
 from keras_gemma2.layers.initializers import FanInNormal
 from keras_gemma2.layers.numerics import soft_cap, stream_dtype
+from keras_gemma2.layers.quantization import MatrixLayer, take_dequantized
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class TiedEmbedding(keras.layers.Layer):
+class TiedEmbedding(MatrixLayer):
     """Token ids to hidden states, and with `reverse=True` hidden states to logits, through one table `[V, D]`.
 
     Embeddings are multiplied by sqrt(hidden_dim), rounded to the compute dtype first, as in training (Hugging Face
     `Gemma2Model`, gemma_pytorch): in bfloat16, sqrt(3584) is 59.75 and not 59.8665.
     An id outside `[0, vocabulary_size)` gives NaN on every backend, so that it cannot pass unseen in compiled code; calls
     with values at hand raise before (see `Gemma2Backbone`).
+
+    Quantized, by its dtype policy or by `quantize`, `embeddings` holds codes and `embeddings_scale` their scales, as in `Linear`;
+    rows that are looked up are those that the product uses.
 
     Args:
         vocabulary_size: V.
@@ -41,6 +45,8 @@ class TiedEmbedding(keras.layers.Layer):
         (1, 2, 32)
     """
 
+    matrix_name = "embeddings"
+
     def __init__(
         self,
         vocabulary_size: int,
@@ -57,11 +63,7 @@ class TiedEmbedding(keras.layers.Layer):
         self.stream_dtype = stream_dtype(self.compute_dtype)
 
     def build(self, input_shape: tuple[int | None, ...] | None = None) -> None:
-        self.embeddings = self.add_weight(
-            name="embeddings",
-            shape=(self.vocabulary_size, self.hidden_dim),
-            initializer=self.embeddings_initializer,
-        )
+        self.build_matrix((self.vocabulary_size, self.hidden_dim), self.embeddings_initializer)
         self.built = True
 
     def call(self, inputs: Any, reverse: bool = False) -> Any:
@@ -69,16 +71,21 @@ class TiedEmbedding(keras.layers.Layer):
 
     def _embed(self, token_ids: Any) -> Any:
         known = ops.logical_and(token_ids >= 0, token_ids < self.vocabulary_size)
-        rows = backend.take_rows(self.embeddings, ops.where(known, token_ids, 0))
+        rows = self._rows(ops.where(known, token_ids, 0))
         dtype = self.stream_dtype
         scale = ops.cast(ops.cast(math.sqrt(self.hidden_dim), self.compute_dtype), dtype)
         scale = ops.where(known, scale, ops.cast(float("nan"), dtype))
         return ops.cast(rows, dtype) * scale[..., None]
 
+    def _rows(self, indices: Any) -> Any:
+        if self.quantization_mode is None:
+            return backend.take_rows(self.embeddings, indices)
+        return take_dequantized(self.embeddings, self.embeddings_scale, indices, self.quantization_mode)
+
     def _logits(self, hidden: Any) -> Any:
         # The product accumulates and stays in float32: a cap of 30 in bfloat16 leaves steps of 1/8 near the top.
         hidden = ops.cast(hidden, self.compute_dtype)
-        logits = backend.linear(hidden, self.embeddings, self.compute_dtype, float32_output=True)
+        logits = self.product(hidden, float32_output=True)
         return soft_cap(logits, self.logit_soft_cap)
 
     def compute_output_spec(self, inputs: Any, reverse: bool = False) -> keras.KerasTensor:

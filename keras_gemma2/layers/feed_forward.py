@@ -9,10 +9,11 @@ from keras import ops
 
 from keras_gemma2.layers.linear import Linear
 from keras_gemma2.layers.numerics import saturate
+from keras_gemma2.layers.quantization import QuantizableContainer
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class FeedForward(keras.layers.Layer):
+class FeedForward(QuantizableContainer, keras.layers.Layer):
     """`down(gelu(gate(x)) * up(x))` with the tanh form of GELU. `[B, T, D] -> [B, T, D]`.
 
     Source: GLU variants (arXiv 2002.05202); Hugging Face `Gemma2MLP`. The exact GELU moves logits visibly.

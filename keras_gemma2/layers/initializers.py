@@ -28,6 +28,19 @@ def skip_random_weights() -> Iterator[None]:
         _SKIP_RANDOM.reset(token)
 
 
+def random_weights_are_skipped() -> bool:
+    """Whether this is inside `skip_random_weights`."""
+    return _SKIP_RANDOM.get()
+
+
+def row_blocks_of(initializer: Any, shape: tuple[int, int], dtype: str) -> Iterator[np.ndarray]:
+    """Consecutive rows of what an initializer gives; those of `FanInNormal` are made when they are asked for."""
+    if isinstance(initializer, FanInNormal):
+        yield from initializer.row_blocks(shape)
+    else:
+        yield from backend.numpy_row_blocks(keras.ops.convert_to_tensor(initializer(shape, dtype=dtype)), shape[0])
+
+
 @keras.saving.register_keras_serializable(package="keras_gemma2")
 class FanInNormal(keras.initializers.Initializer):
     """Normal weights with standard deviation `1 / sqrt(shape[-1])`, for tensors stored `[out, in]`.
@@ -52,9 +65,10 @@ class FanInNormal(keras.initializers.Initializer):
         dtype = keras.backend.standardize_dtype(dtype)
         if _SKIP_RANDOM.get():
             return backend.untouched_tensor(shape, dtype)
-        return backend.tensor_from_row_blocks(self._blocks(shape), shape, dtype)
+        return backend.tensor_from_row_blocks(self.row_blocks(shape), shape, dtype)
 
-    def _blocks(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    def row_blocks(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """The values in consecutive blocks of rows, in float32."""
         generator = np.random.Generator(np.random.Philox(self.seed))
         scale = np.float32(1.0 / math.sqrt(shape[-1]))
         rows = max(1, ELEMENTS_A_BLOCK // math.prod(shape[1:]))

@@ -6,17 +6,20 @@ from typing import Any
 
 import keras
 
-from keras_gemma2 import backend
 from keras_gemma2.layers.initializers import FanInNormal
 from keras_gemma2.layers.numerics import saturate
+from keras_gemma2.layers.quantization import MatrixLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Linear(keras.layers.Layer):
+class Linear(MatrixLayer):
     """`[..., in] -> [..., units]`, no bias, kernel stored `[units, in]`.
 
     The layout is Hugging Face's, so checkpoints load without transposing, and it is the fast one for a decoder that reads
     every weight once a token: each output is a dot product of two contiguous rows.
+
+    With a dtype policy such as "int8_from_bfloat16", or after `quantize("int8")` or `quantize("int4")`, `kernel` holds the codes
+    of the weights and `kernel_scale` their float32 scales (`keras_gemma2/quantization.py` has the formats).
 
     Args:
         units: width of the output.
@@ -33,13 +36,11 @@ class Linear(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer or FanInNormal())
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        self.kernel = self.add_weight(
-            name="kernel", shape=(self.units, input_shape[-1]), initializer=self.kernel_initializer
-        )
+        self.build_matrix((self.units, input_shape[-1]), self.kernel_initializer)
         self.built = True
 
     def call(self, inputs: Any) -> Any:
-        return saturate(backend.linear(inputs, self.kernel, self.compute_dtype))
+        return saturate(self.product(inputs))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.units)

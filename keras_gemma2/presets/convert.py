@@ -106,8 +106,10 @@ def _settings(found: Source) -> dict[str, Any]:
 
 
 def _policy(found: Source, to: str) -> str | None:
-    """The dtype policy that the source is loaded in. Hugging Face's configs have no mixed ones."""
-    name = found.dtype.get("config", {}).get("name") if isinstance(found.dtype, dict) else found.dtype
+    """The dtype policy that the source's floats are loaded in. Hugging Face's configs have no mixed ones."""
+    from keras_gemma2.checkpoints.keras_objects import float_policy_name
+
+    name = found.dtype.get("config", {}).get("name") if isinstance(found.dtype, dict) else float_policy_name(found.dtype)
     return None if to == "hf" and str(name).startswith("mixed") else name
 
 

@@ -16,9 +16,11 @@ from keras_gemma2.checkpoints.source import CONFIG_FILE, HUGGING_FACE, KERAS, SI
 from keras_gemma2.config import NAMED_SIZES, Gemma2Config
 from keras_gemma2.errors import CheckpointError, HubError, callers_level
 from keras_gemma2.layers.initializers import skip_random_weights
+from keras_gemma2.layers.quantization import float_policy, quantized_policy
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.presets import hub
 from keras_gemma2.presets.registry import resolve
+from keras_gemma2.quantization import check_mode
 from keras_gemma2.tokenizer import Gemma2Tokenizer
 
 
@@ -32,6 +34,8 @@ def load_object(cls: type, keras_hub_loader: Callable[..., Any], preset: Any, lo
         load_weights: whether to fill the weights.
         kwargs: arguments of the class; those of the backbone may be among them.
     """
+    if kwargs.get("quantize") is not None and issubclass(cls, keras.Model):
+        check_mode(kwargs["quantize"])  # before anything is downloaded
     if issubclass(cls, Gemma2Backbone):
         return _backbone(cls, resolve(preset, hub.WEIGHTS if load_weights else hub.CONFIG), load_weights, kwargs)
     if issubclass(cls, keras.Model):
@@ -69,7 +73,7 @@ def _tokenizer_alone(preset: Any) -> Source | None:
 
 
 def _task(cls: type, keras_hub_loader: Callable[..., Any], source: Source, load_weights: bool, kwargs: dict[str, Any]) -> Any:
-    names = (*Gemma2Config.field_names(), "dtype")
+    names = (*Gemma2Config.field_names(), "dtype", "quantize")
     backbone_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
     if kwargs.get("backbone") is None:
         kwargs["backbone"] = _backbone(Gemma2Backbone, source, load_weights, backbone_kwargs)
@@ -79,17 +83,31 @@ def _task(cls: type, keras_hub_loader: Callable[..., Any], source: Source, load_
 
 
 def _backbone(cls: type, source: Source, load_weights: bool, kwargs: dict[str, Any]) -> Gemma2Backbone:
+    mode = kwargs.pop("quantize", None)
     arguments = {**source.config.to_dict(), **{key: value for key, value in kwargs.items() if key != "dtype" or value is not None}}
     if not load_weights:
-        arguments.setdefault("dtype", source.dtype)
+        arguments["dtype"] = _policy(arguments.get("dtype", source.dtype), mode, source)
         return cls(**arguments)
     config = Gemma2Config(**{key: value for key, value in arguments.items() if key in Gemma2Config.field_names()})
     with reading.open_weights(source, config) as entries:
-        arguments.setdefault("dtype", source.dtype or reading.stored_dtype(entries))
+        arguments["dtype"] = _policy(arguments.get("dtype", source.dtype) or reading.stored_dtype(entries), mode, source)
         with skip_random_weights():
             backbone = cls(**arguments)
         reading.fill(backbone, entries, source.name)
     return backbone
+
+
+def _policy(dtype: Any, mode: str | None, source: Source) -> Any:
+    """The dtype policy to build in; `dtype` itself unless it is to be quantized."""
+    if mode is None:
+        return dtype
+    before = keras.dtype_policies.get(dtype)
+    if before.quantization_mode not in (None, mode):
+        raise ValueError(
+            f"`quantize` is {mode!r}, but {source.name!r} or `dtype` is {before.name!r} already. To quantize what its codes stand for "
+            f"another time, which loses more, pass dtype={float_policy(dtype).name!r}, too."
+        )
+    return quantized_policy(dtype, mode)
 
 
 def _tokenizer(cls: type, source: Source, kwargs: dict[str, Any], proto: bytes | None = None) -> Gemma2Tokenizer:

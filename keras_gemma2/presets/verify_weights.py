@@ -65,7 +65,8 @@ def check_parameters(subject: Subject) -> Result:
     config = subject.source.config
     with reading.open_weights(subject.source) as entries:
         count = sum(math.prod(entry.tensor.shape) for entry in entries.values())
-        found = f"{count:,} parameters in {len(entries)} weights, {reading.stored_dtype(entries)}"
+        mode = getattr(entries["token_embedding/embeddings"].tensor, "mode", None)
+        found = f"{count:,} parameters in {len(entries)} weights, {mode or reading.stored_dtype(entries)}"
     size = PUBLISHED[subject.claim][0] if subject.claim in PUBLISHED else named_size(config)
     published = PARAMETER_COUNTS.get(size) if config.vocabulary_size == VOCABULARY_SIZE or subject.claim in PUBLISHED else None
     if published is not None and published != count:

@@ -1,0 +1,209 @@
+"""The calls of a causal language model that write text: mixed into `Gemma2CausalLM`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_gemma2 import backend
+from keras_gemma2.generation import generate
+from keras_gemma2.generation.prefix import CachedPrefix, make_prefix
+from keras_gemma2.generation.requests import Options, Request, read_request
+from keras_gemma2.generation.runner import Runner
+from keras_gemma2.inputs import pad_rows
+
+
+class Generates:
+    """`generate`, `stream` and `prefill`, over the attributes `backbone`, `preprocessor` and `sampler`."""
+
+    _runner: Runner | None = None
+    _runner_variables: Sequence[int] = ()
+
+    def make_generate_function(self) -> Runner:
+        """The compiled functions that generate. Kept until the model's variables are replaced, whatever the sampler."""
+        variables = [id(variable) for variable in self.backbone.variables]
+        if self._runner is None or self._runner_variables != variables:
+            self._runner, self._runner_variables = Runner(self.backbone), variables
+        return self._runner
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: str | Sequence[int] | None = "auto",
+        stop_strings: str | Sequence[str] | None = None,
+        strip_prompt: bool = False,
+        sampler: Any = None,
+        seed: int | Sequence[int] | None = None,
+        return_logprobs: bool = False,
+        prefix: CachedPrefix | None = None,
+    ) -> Any:
+        """Continues prompts.
+
+        Args:
+            inputs: a string, a list of strings, a `tf.data.Dataset` of batches of strings, or a dict of token ids and
+                padding mask, each `[B, T]`, which bypasses the preprocessor.
+            max_length: tokens at most in each row, prompt included. None means no other bound than `max_new_tokens` and the model's
+                context; without `max_new_tokens`, the preprocessor's `sequence_length`, and for a dict its length T.
+            max_new_tokens: tokens at most that are added to each row.
+            stop_token_ids: "auto" stops at the tokenizer's `<eos>` and `<end_of_turn>`, and at what the checkpoint's generation
+                config names; a list of ids; or None to go on to the end.
+            stop_strings: a text, or several, that end a row where they come up; they are not part of what is returned.
+            strip_prompt: whether to leave the prompt out of what is returned.
+            sampler: a `keras_gemma2.Sampler` for all rows, or a list of one a row; a keras-hub sampler or its name; None means what
+                `compile` was given, greedy by default.
+            seed: of the draws. An integer gives row i the seed `seed + i`; a list gives each row its own. A row's draws depend on its
+                seed and its positions only. None draws seeds from numpy's global generator.
+            return_logprobs: whether to return log-probabilities too.
+            prefix: from `prefill`: a text that the inputs continue.
+
+        Returns:
+            A string for a string, a list for a list; for a dict, a dict of numpy `token_ids` int32 `[B, length]` and
+            `padding_mask` bool, each row its prompt and completion from the left (the stop token included), then padding.
+            With `return_logprobs`, a pair of that and a list with, for each row, the float32 log-probability of each new token under
+            the model's own distribution, before the sampler's filters.
+
+        Raises:
+            ValueError: for an empty list, something else than text, a prompt longer than `max_length` or the model's
+                `max_sequence_length`, other arguments outside their ranges, ids outside the vocabulary, or "auto" without a tokenizer.
+            FloatingPointError: if the model's logits are not numbers.
+
+        Example:
+            >>> lm.generate("Once upon a time", max_new_tokens=20, sampler=keras_gemma2.Sampler(temperature=0.8, top_p=0.9), seed=7)
+        """
+        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix)
+        if hasattr(inputs, "as_numpy_iterator"):
+            outputs, logprobs = self._generate_batches(inputs.as_numpy_iterator(), options, strip_prompt)
+        else:
+            outputs, logprobs = self._generate_batch(inputs, options, strip_prompt, 0)
+        return (outputs, logprobs) if return_logprobs else outputs
+
+    def _generate_batches(self, batches: Iterator[Any], options: Options, strip_prompt: bool) -> tuple[Any, list]:
+        outputs: list[Any] = []
+        logprobs: list[Any] = []
+        for batch in batches:
+            output, more = self._generate_batch(batch, options, strip_prompt, len(logprobs))
+            outputs.append(output)
+            logprobs += more
+        return _concatenate(outputs), logprobs
+
+    def _generate_batch(self, inputs: Any, options: Options, strip_prompt: bool, first_row: int) -> tuple[Any, list]:
+        request = read_request(self, inputs, options, first_row)
+        tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
+        new, logprobs, texts = generate.run(self.make_generate_function(), request, tokenizer)
+        output = self._output(request, new, texts, strip_prompt)
+        return output, [np.array(row, "float32") for row in logprobs]
+
+    def _output(self, request: Request, new: list[list[int]], texts: list[str] | None, strip_prompt: bool) -> Any:
+        before = [] if request.prefix is None else list(request.prefix.token_ids)
+        starts = [[] if strip_prompt else before + prompt for prompt in request.prompts]
+        if request.kind == "tokens":
+            rows = [start + ids for start, ids in zip(starts, new)]
+            pad = 0 if self.preprocessor is None else self.preprocessor.tokenizer.pad_token_id
+            return pad_rows(rows, request.length, pad)
+        if texts is None:
+            outputs = self._texts([start + ids for start, ids in zip(starts, new)])
+        else:
+            outputs = [start + text for start, text in zip(self._texts(starts), texts)]
+        return outputs[0] if request.kind == "text" else outputs
+
+    def _texts(self, rows: list[list[int]]) -> list[str]:
+        packed = pad_rows(rows, max(1, *map(len, rows)), self.preprocessor.tokenizer.pad_token_id)
+        return list(self.preprocessor.generate_postprocess(packed))
+
+    def stream(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: str | Sequence[int] | None = "auto",
+        stop_strings: str | Sequence[str] | None = None,
+        sampler: Any = None,
+        seed: int | Sequence[int] | None = None,
+        prefix: CachedPrefix | None = None,
+    ) -> Iterator[Any]:
+        """Continues prompts and gives what is decided as soon as it is.
+
+        The pieces of a row add up to what `generate` with `strip_prompt=True` and the same seed returns: no piece holds half a
+        character, and a text that might be the beginning of a stop string is held back until it is known not to be. Closing the
+        iterator early ends the work.
+
+        Args:
+            inputs: a string, a list of strings, or a dict of token ids and padding mask.
+            max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix: as `generate` takes them.
+
+        Yields:
+            For a string, pieces of text. For a list, pairs of the row's index and a piece. For a dict, pairs of the row's index and a
+            token id.
+
+        Raises:
+            ValueError: as `generate`, at the call and not at the first piece.
+            FloatingPointError: if the model's logits are not numbers.
+
+        Example:
+            >>> for piece in lm.stream("Once upon a time", max_new_tokens=20):
+            ...     print(piece, end="", flush=True)
+        """
+        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix)
+        request = read_request(self, inputs, options)
+        generate.check_streams(request)
+        return self._pieces(request)
+
+    def _pieces(self, request: Request) -> Iterator[Any]:
+        decoding = generate.begin(self.make_generate_function(), request)
+        needs_text = request.kind != "tokens" or request.stop_strings
+        texts = generate.RowTexts(self.preprocessor.tokenizer, request) if needs_text else None
+        while decoding.open_rows.any():
+            with backend.no_gradients():
+                chosen = decoding.advance(1)
+            for row, tokens in enumerate(chosen):
+                piece = texts.push(decoding, row, tokens)[0] if texts else ""
+                if request.kind == "tokens":
+                    yield from ((row, token) for token in tokens)
+                elif piece:
+                    yield piece if request.kind == "text" else (row, piece)
+
+    def prefill(self, prefix: Any) -> CachedPrefix:
+        """Runs a text that many calls begin with, once.
+
+        Args:
+            prefix: a string (the start token is put before it), or token ids, of which the first should be `<bos>`.
+
+        Returns:
+            What `generate`, `stream` and `score` take as `prefix`. Their inputs then go on from there, without a start token of their
+            own: their tokens follow the prefix's tokens. It holds for the weights as they are now: make it anew after training.
+
+        Raises:
+            ValueError: for an empty prefix, or one as long as the model's context.
+
+        Example:
+            >>> instruction = lm.prefill("Translate to French.\\n")
+            >>> lm.generate(["cheese =>", "bread =>"], prefix=instruction, max_new_tokens=8)
+        """
+        token_ids = self._prefix_token_ids(prefix)
+        limit = self.backbone.config.max_sequence_length
+        if not 0 < len(token_ids) < limit:
+            raise ValueError(
+                f"`prefix` must have from 1 to {limit - 1} tokens, so that the model's context has room for more. Received one of "
+                f"{len(token_ids)} tokens."
+            )
+        with backend.no_gradients():
+            return make_prefix(self.make_generate_function(), token_ids)
+
+    def _prefix_token_ids(self, prefix: Any) -> list[int]:
+        if isinstance(prefix, str):
+            return read_request(self, prefix, Options(max_new_tokens=1, stop_token_ids=None)).prompts[0]
+        ids = np.asarray(prefix)
+        inputs = {"token_ids": ids[None], "padding_mask": np.ones_like(ids)[None]}
+        return read_request(self, inputs, Options(max_new_tokens=1, stop_token_ids=None)).prompts[0]
+
+
+def _concatenate(outputs: list[Any]) -> Any:
+    if not outputs:
+        raise ValueError("`inputs` must hold at least one batch. Received an empty dataset.")
+    if isinstance(outputs[0], dict):
+        return {key: np.concatenate([output[key] for output in outputs]) for key in outputs[0]}
+    return [text for output in outputs for text in (output if isinstance(output, list) else [output])]

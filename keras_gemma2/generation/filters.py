@@ -1,0 +1,147 @@
+"""Filters on logits, in the order of transformers' `generate`: bias, penalties, temperature, top-k, top-p, min-p.
+
+Pure functions of `keras.ops` that run alike inside `jax.jit`, inside `tf.function` and eagerly. All numbers are arrays with one
+entry a row, so that changing one compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+IN_PROMPT, GENERATED = 1, 2  # bits of the marks
+# exp(-104) is 0 in float32, denormals included: logits this many temperatures under the largest have no probability.
+LOWEST_EXPONENT = 104.0
+LOWEST = np.finfo("float32").min  # bisection needs finite ends
+# Halving the difference of two values comes near a threshold soonest; halving the number of floats in between ends for sure.
+STEPS_BY_VALUE, STEPS_BY_BITS = 30, 33
+
+
+def penalized(key: Any, arrays: Mapping[str, Any], marks: Any, logits: Any) -> Any:
+    """Logits `[B, V]` after `logit_bias`, `repetition_penalty` and `presence_penalty`.
+
+    Args:
+        key: static switches of the plan; reads `biased` and `penalized`.
+        arrays: of the plan.
+        marks: int8 `[B, V]`, bit 1 for tokens of the prompt, bit 2 for generated ones; not read without penalties.
+        logits: float32 `[B, V]`.
+
+    The repetition penalty (arXiv 1909.05858) divides positive and multiplies negative logits of all tokens seen; the presence
+    penalty is subtracted from the logits of tokens that were generated.
+    """
+    if key.biased:
+        logits = logits + arrays["bias"]
+    if key.penalized:
+        repetition = arrays["repetition_penalty"][:, None]
+        scaled = ops.where(logits < 0, logits * repetition, logits / repetition)
+        logits = ops.where(marks > 0, scaled, logits)
+        lowered = logits - arrays["presence_penalty"][:, None]
+        logits = ops.where(marks >= GENERATED, lowered, logits)
+    return logits
+
+
+def mark(key: Any, marks: Any, tokens: Any) -> Any:
+    """The marks with `tokens` int32 `[B]` as generated; a token of -1 marks nothing. As they are without penalties."""
+    if not key.penalized:
+        return marks
+    chosen = ops.arange(marks.shape[1], dtype="int32")[None] == tokens[:, None]
+    return ops.where(chosen, ops.bitwise_or(marks, ops.cast(GENERATED, "int8")), marks)
+
+
+def peak_of(logits: Any) -> Any:
+    """The largest logit of each row, `[B, 1]`; +inf for a row with a NaN, -inf for one with nothing else."""
+    return ops.max(ops.where(ops.isnan(logits), np.float32(np.inf), logits), axis=-1, keepdims=True)
+
+
+def most_likely(logits: Any) -> Any:
+    """The first of the largest logits, int32 `[B]`; -1 for a row that holds NaN or +inf, or -inf only."""
+    size, peak = logits.shape[-1], peak_of(logits)
+    # Faster than `argmax`, which XLA does not vectorize on CPU, and the peak tells unusable rows.
+    first = ops.min(ops.where(logits == peak, ops.arange(size, dtype="int32")[None], size), axis=-1)
+    return ops.where(ops.isinf(peak[:, 0]), -1, first)
+
+
+def warped(arrays: Mapping[str, Any], logits: Any) -> Any:
+    """Weights `[B, V]` after temperature, top-k, top-p and min-p: the softmax's terms relative to its largest, or 0.
+
+    Args:
+        arrays: of the plan.
+        logits: float32 `[B, V]`, after bias and penalties.
+
+    Returns:
+        float32, not normalized: the largest is 1. Rows with NaN or +inf, or with -inf only, are NaN or sum to 0.
+
+    Tokens that tie with the last one kept by top-k or top-p are kept too. (transformers agrees for top-k; its top-p keeps as many
+    of them as its sort puts first.)
+    """
+    peak, temperature = peak_of(logits), arrays["temperature"][:, None]
+
+    def weight_at(value: Any) -> Any:
+        return ops.exp((value - peak) / temperature)
+
+    weights = weight_at(logits)
+    lowest = ops.maximum(peak - LOWEST_EXPONENT * temperature, LOWEST)
+    floor = _floor(logits, 1.0, ops.ones_like, arrays["top_k"][:, None], lowest, peak)
+    # top_p is a share of what top-k has left.
+    weights = ops.where(logits > floor, weights, 0.0)
+    target = arrays["top_p"][:, None] * ops.sum(weights, axis=-1, keepdims=True)
+    floor = _floor(logits, weights, weight_at, target, floor, peak)
+    keep = ops.logical_and(logits > floor, weights >= arrays["min_p"][:, None])
+    return ops.where(keep, weights, 0.0)
+
+
+def _floor(logits: Any, weights: Any, weight_at: Callable[[Any], Any], target: Any, low: Any, high: Any) -> Any:
+    """A value `[B, 1]` that is under the fewest largest logits weighing at least `target`, and not under the others.
+
+    Args:
+        logits: `[B, V]`.
+        weights: of the logits, `[B, V]`; or 1.0, to count them.
+        weight_at: what a logit weighs at least that is larger than the value given.
+        target: `[B, 1]`; +inf switches a row off, which then gets `low`. So does a row whose logits all weigh less.
+        low: `[B, 1]`, under all logits that may be kept.
+        high: `[B, 1]`, the largest logit.
+
+    Bisection instead of sorting: what lies over `low` weighs at least the target, what lies over `high` less. It ends as soon as
+    no logit over `low` can be spared, as a rule after some 15 steps, or when no float is left between. One step reads the
+    logits once; where all rows are off, there is none.
+    """
+
+    def step(middle: Callable[[Any, Any], Any], low: Any, high: Any, is_open: Any, is_first: Any) -> tuple[Any, ...]:
+        value = ops.where(is_first, low, middle(low, high))  # is `low` low enough at all?
+        weight = ops.sum(ops.where(logits > value, weights, 0.0), axis=-1, keepdims=True)
+        is_enough, none_to_spare = weight >= target, weight - weight_at(value) < target
+        between = ops.logical_and(value > low, value < high)
+        is_needed = ops.where(is_first, is_enough, between)
+        is_open = is_open & is_needed & ~(is_enough & none_to_spare)
+        # Rows that are done may go on: what lies over their `low` does not change any more.
+        low, high = ops.where(is_enough, value, low), ops.where(is_first | is_enough, high, value)
+        return low, high, is_open, ops.zeros_like(is_first)
+
+    def is_any_open(low: Any, high: Any, is_open: Any, is_first: Any) -> Any:
+        return ops.any(is_open)
+
+    state = (low, high, ops.isfinite(target), ops.ones_like(low, dtype="bool"))
+    for middle, steps in ((_middle_value, STEPS_BY_VALUE), (_middle_float, STEPS_BY_BITS)):
+        state = ops.while_loop(is_any_open, functools.partial(step, middle), state, maximum_iterations=steps)
+    return state[0]
+
+
+def _middle_value(low: Any, high: Any) -> Any:
+    return low * 0.5 + high * 0.5
+
+
+def _middle_float(low: Any, high: Any) -> Any:
+    """The float in the middle of all floats from `low` to `high`; `low` where none is between."""
+    a, b = _ordered(ops.view(low, "int32")), _ordered(ops.view(high, "int32"))
+    # The mean, rounded down, without overflow.
+    middle = ops.bitwise_and(a, b) + ops.right_shift(ops.bitwise_xor(a, b), 1)
+    return ops.view(_ordered(middle), "float32")
+
+
+def _ordered(bits: Any) -> Any:
+    """A float's bits as an integer that is larger for a larger float, and back: negative floats count downwards."""
+    return ops.where(bits < 0, ops.bitwise_xor(bits, 0x7FFFFFFF), bits)

@@ -1,0 +1,169 @@
+"""`benchmarks generate`: that every contender runs the same model, and that the figures are what they are called."""
+
+import argparse
+
+import gguf
+import keras
+import numpy as np
+import pytest
+
+from keras_gemma2.benchmarks import folder_to_gguf, generate, machine, processes
+from keras_gemma2.benchmarks.generate_cases import CASES, Settings, prefill_operations
+from keras_gemma2.benchmarks.generate_child import measure
+from keras_gemma2.benchmarks.generate_keras_hub import KerasHub
+from keras_gemma2.benchmarks.generate_ours import Ours
+from keras_gemma2.benchmarks.generate_table import COLUMNS, TITLES, header
+from keras_gemma2.benchmarks.generate_transformers import Transformers
+from keras_gemma2.benchmarks.load import write_random_folder
+from keras_gemma2.checkpoints.safetensors_file import open_safetensors
+from keras_gemma2.config import Gemma2Config
+
+LAYERS = 2
+SETTINGS = Settings(Gemma2Config(num_layers=LAYERS, **generate.NARROW), shrink=16, repeats=1)
+PROMPTS = [[2, 900, 1700, 11, 3000], [2, 44, 2100]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("benchmark") / "model")
+    write_random_folder(path, LAYERS, generate.NARROW)
+    return path
+
+
+def test_all_contenders_run_the_same_model(folder):
+    ours = Ours(folder, "float32")
+    firsts = ours.generate(PROMPTS, 1)
+    token_ids = np.array([PROMPTS[0]])
+    logits = ours._lm({"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)})
+    assert firsts[0] == int(keras.ops.convert_to_numpy(logits)[0, -1].argmax())
+    peers = [KerasHub(folder, "float32"), *([Transformers(folder, "float32")] if keras.backend.backend() == "torch" else [])]
+    for peer in peers:
+        assert peer.generate(PROMPTS, 1) == firsts, peer
+        # Every weight once, the tied embedding too; each of 4 bytes.
+        assert peer.weight_bytes == ours.weight_bytes == 4 * SETTINGS.config.parameter_count()
+    for peer in (ours, *peers):  # told to stop at what comes first, it does, whatever room there is
+        assert peer.generate(PROMPTS[:1], 30, room=35, stop=firsts[0]) == firsts[:1]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "cache"])
+def test_cases_of_ours(folder, case):
+    row = measure("ours", case, folder, "float32", SETTINGS)
+    # Of a narrow model on a busy machine, the difference of two calls may come out negative.
+    positive = set(row) - {"token", "growth"}
+    assert all(row[name] > 0 for name in positive), row
+    assert row["weights"] == 4 * SETTINGS.config.parameter_count()
+    row |= {"read": 1e9, "product": 1e9, "batch": 1, "wall": 1.0}
+    assert all(column(row) for _, column in COLUMNS[case]) and case in TITLES
+
+
+def test_the_cache_is_counted_as_it_is_allocated(folder):
+    config = Gemma2Config(num_layers=LAYERS, **{**generate.NARROW, "sliding_window_size": 128})
+    row = measure("ours", "cache", folder, "float32", Settings(config, shrink=16))
+    # The folder's own window is 4096, over the 8192 / 16 tokens: nothing is saved, and one slot more is allocated.
+    assert row["full"] == LAYERS * 2 * 512 * 4 * 32 * 4
+    assert row["full"] <= row["bytes"] <= 1.01 * row["full"]
+
+
+@pytest.mark.backend_free
+def test_operations_of_a_prompt_by_hand():
+    # 2 x (rows x columns) for each token and kernel: query, key, value, output, gate, up, down.
+    kernels = 256 * 256 + 128 * 256 + 128 * 256 + 256 * 256 + 3 * 512 * 256
+    pairs = 1 + 2 + 3  # of query and key, in 3 tokens; each costs a score and a weighted value in every head
+    expected = 2 * (LAYERS * (3 * kernels + pairs * 2 * 8 * 32) + 4096 * 256)
+    assert prefill_operations(SETTINGS.config, 3) == expected
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0), ("int8", 1 / 127), ("int4", 1 / 7)])
+def test_the_gguf_file_holds_the_folder(folder, dtype, tolerance):
+    import contextlib
+
+    folder_to_gguf.write_gguf(folder, dtype)
+    reader = gguf.GGUFReader(folder_to_gguf.gguf_path(folder, dtype))
+    found = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, LAYERS)
+    with contextlib.ExitStack() as stack:
+        expected = open_safetensors(f"{folder}/model.safetensors", stack)
+        assert len(found) == len(expected) == 2 + 11 * LAYERS
+        for name, tensor in expected.items():
+            stored = found[names.get_name(name, try_suffixes=(".weight",))]
+            wanted = tensor[:].astype("float32") + name.endswith("norm.weight")
+            assert stored.shape == wanted.shape
+            # A block's scale is its largest number over 127, or over 8; half of it is lost, at most a whole one at int4's end.
+            assert np.abs(stored - wanted).max() <= tolerance * np.abs(wanted).max() * (wanted.ndim > 1), name
+    value = reader.fields["gemma2.attention.sliding_window"].contents()
+    assert value == 4096 and reader.fields["gemma2.block_count"].contents() == LAYERS
+
+
+def in_this_process(benchmark, backend, *arguments):
+    return generate._child(parsed(*arguments))
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    generate.add_command(parser.add_subparsers())
+    return parser.parse_args(["generate", *arguments])
+
+
+def test_the_command_prints_a_row_for_each_contender(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(generate, "in_fresh_process", in_this_process)
+    backend, log = keras.backend.backend(), tmp_path / "log.json"
+    generate.run(
+        parsed(
+            "--quick",
+            "--layers",
+            "2",
+            "--folder",
+            folder,
+            "--backend",
+            backend,
+            "--peers",
+            "",
+            "--case",
+            "cache",
+            "--json",
+            str(log),
+        )
+    )
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert "GB/s read" in lines[1] and len(table) == 3 and table[2].startswith(f"| ours | {backend} | bfloat16 |")
+    assert len({line.count("|") for line in table}) == 1
+    assert log.read_text().count("\n") == 1
+
+
+@pytest.mark.backend_free
+def test_contenders_of_a_case(monkeypatch):
+    monkeypatch.setattr(machine, "has_accelerator", lambda: False)
+    peers = list(generate.PEERS)
+    options = parsed("--backend", "jax")
+    ours = ("ours", "jax", "float32")
+    rows = list(generate._contenders(options, "first_token", peers))
+    assert rows == [ours, ("keras_hub", "jax", "float32"), ("transformers", "torch", "float32"), ("llama_cpp", "", "float32")]
+    assert ("keras_hub", "jax", "float32") not in generate._contenders(options, "ragged", peers)
+    assert ("keras_hub", "jax", "float32") in generate._contenders(parsed("--backend", "jax", "--case", "ragged"), "ragged", peers)
+    assert list(generate._contenders(options, "cache", peers)) == [("ours", "jax", "bfloat16")]
+    int8 = [row[0] for row in generate._contenders(options, "decode", peers) if row[2] == "int8"]
+    assert int8 == ["ours", "llama_cpp"]
+    monkeypatch.setattr(machine, "has_accelerator", lambda: True)
+    assert "transformers_static" in [row[0] for row in generate._contenders(options, "first_token", peers)]
+
+
+@pytest.mark.backend_free
+def test_peers_that_are_missing_are_named_with_their_pip_install(monkeypatch, capsys):
+    monkeypatch.setitem(generate.PEERS, "llama_cpp", ("no_such_package", "cyllama gguf"))
+    assert generate._installed("keras_hub, llama_cpp") == ["keras_hub"]
+    assert "llama_cpp is skipped; to measure it, pip install cyllama gguf" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="must be among keras_hub, transformers, llama_cpp.*Received: vllm"):
+        generate._installed("vllm")
+
+
+@pytest.mark.backend_free
+def test_a_peak_counts_from_where_it_is_reset():
+    block = np.ones(1 << 24)  # 128 MiB
+    del block
+    high = processes.peak_bytes()
+    processes.reset_peak()
+    assert processes.peak_bytes() < high - (1 << 26)
+    assert machine.host_read_rate(1 << 20) > 0 and set(COLUMNS) == set(CASES) == set(TITLES)
+    assert header("cache").splitlines()[0] == "| who | backend | dtype | bytes | full caches, bytes | share |"
