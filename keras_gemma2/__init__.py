@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it; None for modules that are public themselves.
 _PUBLIC = {
+    "Chat": "keras_gemma2.generation.chat_session",
     "CheckpointError": "keras_gemma2.errors",
     "Gemma2Backbone": "keras_gemma2.backbone",
     "Gemma2CausalLM": "keras_gemma2.causal_lm",
@@ -19,6 +20,7 @@ _PUBLIC = {
     "Gemma2Config": "keras_gemma2.config",
     "Gemma2Tokenizer": "keras_gemma2.tokenizer",
     "Sampler": "keras_gemma2.generation.sampler",
+    "chat_token_ids": "keras_gemma2.chat",
     "convert": "keras_gemma2.presets.convert",
     "layers": None,
     "preset_names": "keras_gemma2.presets.registry",

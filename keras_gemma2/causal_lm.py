@@ -15,13 +15,14 @@ from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.generation.calls import Generates
 from keras_gemma2.generation.requests import check_sampler
 from keras_gemma2.generation.sampler import Sampler
+from keras_gemma2.generation.scoring import Scores
 from keras_gemma2.inputs import check_keywords, check_token_inputs, is_token_dict, label_tokens
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.text_inputs import read_texts
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2CausalLM(Generates, FromPreset, keras_hub.models.CausalLM):
+class Gemma2CausalLM(Generates, Scores, FromPreset, keras_hub.models.CausalLM):
     """A Gemma 2 causal language model: text in, text out.
 
     Called on `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` it gives float32 logits `[B, T, V]` after

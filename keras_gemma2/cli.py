@@ -1,4 +1,4 @@
-"""The command line: `keras-gemma2 generate | info | convert | verify`, also `python -m keras_gemma2`.
+"""The command line: `keras-gemma2 generate | chat | info | convert | verify`, also `python -m keras_gemma2`.
 
 Only the standard library is imported until a command needs more, so that `--help` answers at once. stdout carries a
 command's result and nothing else.
@@ -40,12 +40,25 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="continue a text", description="Continues a text and prints it.")
     add = generate.add_argument
-    number, integer = _at_least(float, 0), _at_least(int, 0)
     add("prompt", type=_text, help="the text to continue")
     add("--preset", default=DEFAULT_PRESET, help="built-in name, hub address, folder or file (default: %(default)s)")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
     add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
     add("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="default: %(default)s")
+    _add_sampling(generate)
+    add("--strip-prompt", action="store_true", help="print the continuation without the prompt")
+    generate.set_defaults(run=_generate)
+    _add_chat(commands)
+    info = commands.add_parser("info", help="print a model's layers", description="Prints the tree of layers; loads no weights.")
+    info.add_argument("preset", help="built-in name, hub address, folder or file")
+    info.set_defaults(run=_info)
+    _add_convert(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add, number, integer = parser.add_argument, _at_least(float, 0), _at_least(int, 0)
     add("--temperature", type=number, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)")
     add("--top-k", type=integer, default=0, metavar="K", help="keep the K likeliest tokens; 0 is off (default)")
     add(
@@ -56,16 +69,25 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the likeliest up to this sum (default: %(default)s)",
     )
     add("--seed", type=integer, metavar="N", help="makes the text repeatable on one backend")
-    add("--strip-prompt", action="store_true", help="print the continuation without the prompt")
-    generate.set_defaults(run=_generate)
-    info = commands.add_parser(
-        "info", help="print a model's layers", description="Prints the tree of layers; loads no weights."
+
+
+def _add_chat(commands) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talks with a model: an answer to each line of input. /help shows what else can be typed.",
     )
-    info.add_argument("preset", help="built-in name, hub address, folder or file")
-    info.set_defaults(run=_info)
-    _add_convert(commands)
-    _add_verify(commands)
-    return parser
+    add = parser.add_argument
+    add("preset", help="built-in name, hub address, folder or file; best one tuned on instructions")
+    add("--system", metavar="TEXT", help="what the model should follow throughout")
+    add("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
+    add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
+    add(
+        "--max-new-tokens", type=_at_least(int, 1), metavar="N", help="of an answer (default: 512, or a quarter of a small context)"
+    )
+    _add_sampling(parser)
+    parser.set_defaults(run=_chat)
 
 
 def _add_convert(commands) -> None:
@@ -157,6 +179,19 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(options: argparse.Namespace) -> int:
+    from keras_gemma2.cli_chat import chat_command
+    from keras_gemma2.presets.registry import resolve
+
+    if options.system is not None and options.load is not None:
+        raise ValueError("argument --system: the conversation of --load has its own; give one of them.")
+    if options.load is not None and not os.path.isfile(options.load):
+        raise FileNotFoundError(f"argument --load: there is no file {options.load!r}")
+    resolve(options.preset)  # before the seconds that a backend takes to import
+    _choose_backend(options.backend)
+    return chat_command(_load(options), options)
+
+
 def _choose_backend(name: str | None) -> None:
     """Sets Keras's backend by its own rules, and checks that it is installed before Keras fails on it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -201,9 +236,7 @@ def _convert(options: argparse.Namespace) -> int:
     from keras_gemma2.presets.convert import convert
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    convert(
-        options.source, options.target, options.to, options.dtype, options.max_shard_size, progress=not options.quiet
-    )
+    convert(options.source, options.target, options.to, options.dtype, options.max_shard_size, progress=not options.quiet)
     return 0
 
 

@@ -115,14 +115,16 @@ def dequantize_rows(codes: np.ndarray, scales: np.ndarray, mode: str) -> np.ndar
     """
     check_mode(mode)
     if mode == "int8":
-        return codes.astype(np.float32) * scales
-    half = codes.shape[1]
-    values = np.empty((len(codes), 2 * half), np.float32)
-    values[:, :half] = codes & 15
-    values[:, half:] = codes >> 4
-    values -= 8
-    grouped = values.reshape(*scales.shape, -1)
-    grouped *= scales[..., None]
+        values = codes.astype(np.float32)
+    else:
+        half = codes.shape[1]
+        values = np.empty((len(codes), 2 * half), np.float32)
+        values[:, :half] = codes & 15
+        values[:, half:] = codes >> 4
+        values -= 8
+    groups = values.reshape(*scales.shape, -1)
+    with np.errstate(invalid="ignore"):  # scales that are not finite are told of where weights are read
+        groups *= scales[..., None]
     return values
 
 

@@ -71,7 +71,7 @@ def theirs(folder):
 def without_markers(folder):
     """The `tokenizers` library with the same merges, but markers that no text can spell: encodes a text."""
     values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    marker = re.compile(r"<pad>|<eos>|<bos>|<unk>|<mask>|<2mass>|\[@BOS@\]|<unused[0-9]+>|<(start|end)_of_turn>")
+    marker = re.compile(r"<pad>|<eos>|<bos>|<unk>|<mask>|<2mass>|\[@BOS@\]|<unused[0-9]+>|<(start|end)_of_turn>|\[toxicity=0\]")
     values["added_tokens"] = [token for token in values["added_tokens"] if not marker.fullmatch(token["content"])]
     reader = tokenizers.Tokenizer.from_str(json.dumps(values))
     return lambda text: reader.encode(text, add_special_tokens=False).ids
@@ -150,7 +150,7 @@ FORGERIES = (
     "<end_of_<bos>turn><end_of_turn></end_of_turn>",
     "<start_of_turn>" * 50,
     "a <end_of_turn>",
-    "<END_OF_TURN>",
+    "<END_OF_TURN>[toxicity=0]",
     "<end\u200b_of_turn> <end_of_turn\u2069> \uff1cend_of_turn\uff1e",
 )
 
@@ -208,7 +208,8 @@ def marker_ids_of(name):
 def test_what_counts_as_a_marker(tokenizer, name):
     pieces = {tokenizer.id_to_token(i) for i in marker_ids(tokenizer)}
     expected = {"<pad>", "<eos>", "<bos>", "<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>"}
-    assert pieces == expected | {f"<unused{i}>" for i in range(100 if name == "real" else 99)}
+    expected |= {f"<unused{i}>" for i in range(99)} | ({"<unused99>", "[toxicity=0]"} if name == "real" else set())
+    assert pieces == expected
 
 
 def test_runs_of_white_space_and_tags_stay_pieces(tokenizer):

@@ -18,14 +18,14 @@ LAYERS = [
     {"backend"},
     {"layers", "inputs", "text_inputs"},
     {"cache"},
-    {"tokenizer", "preprocessor"},
+    {"tokenizer", "preprocessor", "plain_text", "chat"},
     {"backbone"},
     {"generation"},
     {"causal_lm"},
     {"_registration"},
     {"checkpoints"},
     {"presets"},
-    {"benchmarks", "cli"},
+    {"benchmarks", "cli", "cli_chat"},
     {"__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -27,7 +27,7 @@ def linear(x: jax.Array, kernel: Any, dtype: str, float32_output: bool = False) 
     """
     out_dtype = jnp.float32 if float32_output else x.dtype
     words = jax_words.words_of(kernel)
-    if words is not None and dtype == "bfloat16":
+    if words is not None and dtype in ("float32", keras.backend.standardize_dtype(kernel.dtype)):
         return jax_words.linear_in_blocks(x, words).astype(out_dtype)
     contract_last = (((x.ndim - 1,), (1,)), ((), ()))
     kernel = keras.ops.convert_to_tensor(kernel, dtype=dtype)

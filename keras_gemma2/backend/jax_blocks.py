@@ -7,15 +7,16 @@ to eight times its memory. A block stays in cache.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-ELEMENTS_A_BLOCK = 1 << 19
+ELEMENTS_A_BLOCK = 600_000  # 2.4 MB in float32: smaller blocks cost calls, larger ones leave the cache
 Arrays = tuple[jax.Array, ...]
-Widen = Callable[..., jax.Array]  # the arrays' rows -> float32 [rows, in]
+# The arrays' rows -> the matrix's columns in one or more equal parts, each float32 [rows, in / parts].
+Widen = Callable[..., Sequence[jax.Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -25,7 +26,8 @@ def blocked_product(x: jax.Array, arrays: Arrays, widen: Widen) -> jax.Array:
     Args:
         x: the rows.
         arrays: each with `out` rows.
-        widen: makes the matrix in float32 from the arrays, or a block of its rows from the same rows of theirs.
+        widen: makes the matrix, or a block of its rows from the same rows of the arrays. XLA's CPU compiler is slow at putting
+            columns side by side, so they may come in parts.
     """
     cpu, default = functools.partial(_in_blocks, widen), functools.partial(_whole, widen)
     return lax.platform_dependent(x, arrays, cpu=cpu, default=default)
@@ -46,47 +48,56 @@ blocked_product.defvjp(_forward, _backward)
 
 def _whole(widen: Widen, x: jax.Array, arrays: Arrays) -> jax.Array:
     """For compilers that fuse the widening into the product."""
-    return _times_transposed(x, widen(*arrays).astype(x.dtype))
+    weight = jnp.concatenate(widen(*arrays), axis=1).astype(x.dtype)
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _to_x_whole(widen: Widen, upstream: jax.Array, arrays: Arrays) -> jax.Array:
-    return upstream @ widen(*arrays)
+    return upstream @ jnp.concatenate(widen(*arrays), axis=1)
 
 
 def _in_blocks(widen: Widen, x: jax.Array, arrays: Arrays) -> jax.Array:
-    wide, step, starts = x.astype(jnp.float32), *_blocks(widen, arrays)
-    size = arrays[0].shape[0]
-    blocks = lax.map(lambda start: _times_transposed(wide, _block(widen, arrays, start, step)), starts)
-    out = jnp.moveaxis(blocks, 0, 1).reshape(x.shape[0], -1)
-    rest = size - out.shape[1]
-    if rest:
-        last = _times_transposed(wide, _block(widen, arrays, size - rest, rest))
-        out = jnp.concatenate([out, last], axis=1)
-    return out
+    size, (step, starts) = arrays[0].shape[0], _blocks(widen, arrays)
+    columns = jnp.split(x.astype(jnp.float32), len(_shapes(widen, arrays)), axis=1)
+
+    def product(start: jax.Array | int, rows: int) -> jax.Array:
+        # The block on the left: with 8 rows of x, 1.7 times as fast as x on the left.
+        return sum(part @ some.T for part, some in zip(_block(widen, arrays, start, rows), columns))
+
+    out = lax.map(lambda start: product(start, step), starts).reshape(-1, x.shape[0])
+    rest = size - out.shape[0]
+    return (jnp.concatenate([out, product(size - rest, rest)]) if rest else out).T
 
 
 def _to_x_in_blocks(widen: Widen, upstream: jax.Array, arrays: Arrays) -> jax.Array:
-    step, starts = _blocks(widen, arrays)
-    (size, width), done = jax.eval_shape(widen, *arrays).shape, len(starts) * step
+    size, (step, starts) = arrays[0].shape[0], _blocks(widen, arrays)
 
-    def add(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        columns = lax.dynamic_slice_in_dim(upstream, start, step, 1)
-        return total + columns @ _block(widen, arrays, start, step), None
+    def gradients(start: jax.Array | int, rows: int) -> list[jax.Array]:
+        some = lax.dynamic_slice_in_dim(upstream, start, rows, 1)
+        return [some @ part for part in _block(widen, arrays, start, rows)]
 
-    total = lax.scan(add, jnp.zeros((upstream.shape[0], width), jnp.float32), starts)[0]
-    return total + upstream[:, done:] @ _block(widen, arrays, done, size - done) if done < size else total
+    def add(totals: list[jax.Array], start: jax.Array) -> tuple[list[jax.Array], None]:
+        return [total + more for total, more in zip(totals, gradients(start, step))], None
+
+    zeros = [jnp.zeros((upstream.shape[0], width), jnp.float32) for _, width in _shapes(widen, arrays)]
+    totals, done = lax.scan(add, zeros, starts)[0], len(starts) * step
+    if done < size:
+        totals = [total + more for total, more in zip(totals, gradients(done, size - done))]
+    return jnp.concatenate(totals, axis=1)
+
+
+def _shapes(widen: Widen, arrays: Arrays) -> list[tuple[int, ...]]:
+    return [part.shape for part in jax.eval_shape(widen, *arrays)]
 
 
 def _blocks(widen: Widen, arrays: Arrays) -> tuple[int, jax.Array]:
-    """Rows of a block and where the whole blocks start."""
-    size, width = jax.eval_shape(widen, *arrays).shape
-    step = max(1, min(size, ELEMENTS_A_BLOCK // width))
+    """Rows of a block and where the whole blocks start; as even as can be, so that what is left over is small or nothing."""
+    shapes = _shapes(widen, arrays)
+    size, width = shapes[0][0], shapes[0][1] * len(shapes)
+    count = -(-size // max(1, ELEMENTS_A_BLOCK // width))
+    step = -(-size // count)
     return step, jnp.arange(size // step) * step
 
 
-def _block(widen: Widen, arrays: Arrays, start: jax.Array | int, step: int) -> jax.Array:
+def _block(widen: Widen, arrays: Arrays, start: jax.Array | int, step: int) -> Sequence[jax.Array]:
     return widen(*(lax.dynamic_slice_in_dim(array, start, step, 0) for array in arrays))
-
-
-def _times_transposed(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -18,12 +18,16 @@ def product(x: jax.Array, codes: jax.Array, scales: jax.Array, mode: str) -> jax
     return out.reshape(*x.shape[:-1], codes.shape[0])
 
 
-def _widened_int8(codes: jax.Array) -> jax.Array:
-    return codes.astype(jnp.float32)
+def _widened_int8(codes: jax.Array) -> list[jax.Array]:
+    return [codes.astype(jnp.float32)]
 
 
-def _widened_int4(codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """float32 `[rows, in]`; the scales of the left half of the columns come first."""
-    halves = jnp.stack([codes & 15, codes >> 4], axis=1).astype(jnp.int8) - 8
-    groups = halves.reshape(codes.shape[0], scales.shape[1], -1).astype(jnp.float32)
-    return (groups * scales[:, :, None]).reshape(codes.shape[0], -1)
+def _widened_int4(codes: jax.Array, scales: jax.Array) -> list[jax.Array]:
+    """The left half of the columns and the right half, `[rows, in / 2]` each; the scales of the left half come first."""
+    groups = scales.shape[1] // 2
+
+    def scaled(nibbles: jax.Array, scales: jax.Array) -> jax.Array:
+        weights = nibbles.reshape(codes.shape[0], groups, -1).astype(jnp.float32) - 8
+        return (weights * scales[:, :, None]).reshape(codes.shape)
+
+    return [scaled(codes & 15, scales[:, :groups]), scaled(codes >> 4, scales[:, groups:])]

@@ -9,17 +9,21 @@ import numpy as np
 
 from keras_gemma2 import backend
 from keras_gemma2.generation import generate
+from keras_gemma2.generation.answers import Chats
 from keras_gemma2.generation.prefix import CachedPrefix, make_prefix
 from keras_gemma2.generation.requests import Options, Request, read_request
 from keras_gemma2.generation.runner import Runner
+from keras_gemma2.generation.session import Session
+from keras_gemma2.generation.speculative import SpeculationStats
 from keras_gemma2.inputs import pad_rows
 
 
-class Generates:
-    """`generate`, `stream` and `prefill`, over the attributes `backbone`, `preprocessor` and `sampler`."""
+class Generates(Chats):
+    """`generate`, `stream`, `prefill` and `open_session`, over the attributes `backbone`, `preprocessor` and `sampler`."""
 
     _runner: Runner | None = None
     _runner_variables: Sequence[int] = ()
+    generation_stats: SpeculationStats | None = None  # of the last call, if it had a draft
 
     def make_generate_function(self) -> Runner:
         """The compiled functions that generate. Kept until the model's variables are replaced, whatever the sampler."""
@@ -40,6 +44,7 @@ class Generates:
         seed: int | Sequence[int] | None = None,
         return_logprobs: bool = False,
         prefix: CachedPrefix | None = None,
+        draft: Any = None,
     ) -> Any:
         """Continues prompts.
 
@@ -59,6 +64,10 @@ class Generates:
                 seed and its positions only. None draws seeds from numpy's global generator.
             return_logprobs: whether to return log-probabilities too.
             prefix: from `prefill`: a text that the inputs continue.
+            draft: a smaller model of the same vocabulary, or "prompt_lookup", which proposes what followed the last tokens earlier in the
+                text. Where it proposes well, the model runs once for several tokens. Greedy texts stay the same, up to ties that
+                rounding decides; drawn ones stay distributed the same, and are others than without a draft. For samplers
+                without penalties and logits processors. `generation_stats` then says how well it did.
 
         Returns:
             A string for a string, a list for a list; for a dict, a dict of numpy `token_ids` int32 `[B, length]` and
@@ -74,7 +83,8 @@ class Generates:
         Example:
             >>> lm.generate("Once upon a time", max_new_tokens=20, sampler=keras_gemma2.Sampler(temperature=0.8, top_p=0.9), seed=7)
         """
-        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix)
+        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix, draft)
+        self.generation_stats = None
         if hasattr(inputs, "as_numpy_iterator"):
             outputs, logprobs = self._generate_batches(inputs.as_numpy_iterator(), options, strip_prompt)
         else:
@@ -93,7 +103,9 @@ class Generates:
     def _generate_batch(self, inputs: Any, options: Options, strip_prompt: bool, first_row: int) -> tuple[Any, list]:
         request = read_request(self, inputs, options, first_row)
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
-        new, logprobs, texts = generate.run(self.make_generate_function(), request, tokenizer)
+        new, logprobs, texts, stats = generate.run(self.make_generate_function(), request, tokenizer)
+        if stats is not None:
+            self.generation_stats = (self.generation_stats or SpeculationStats()) + stats
         output = self._output(request, new, texts, strip_prompt)
         return output, [np.array(row, "float32") for row in logprobs]
 
@@ -124,6 +136,7 @@ class Generates:
         sampler: Any = None,
         seed: int | Sequence[int] | None = None,
         prefix: CachedPrefix | None = None,
+        draft: Any = None,
     ) -> Iterator[Any]:
         """Continues prompts and gives what is decided as soon as it is.
 
@@ -133,7 +146,7 @@ class Generates:
 
         Args:
             inputs: a string, a list of strings, or a dict of token ids and padding mask.
-            max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix: as `generate` takes them.
+            max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix, draft: as `generate` takes them.
 
         Yields:
             For a string, pieces of text. For a list, pairs of the row's index and a piece. For a dict, pairs of the row's index and a
@@ -147,7 +160,7 @@ class Generates:
             >>> for piece in lm.stream("Once upon a time", max_new_tokens=20):
             ...     print(piece, end="", flush=True)
         """
-        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix)
+        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix, draft)
         request = read_request(self, inputs, options)
         generate.check_streams(request)
         return self._pieces(request)
@@ -159,10 +172,11 @@ class Generates:
         while decoding.open_rows.any():
             with backend.no_gradients():
                 chosen = decoding.advance(1)
+            self.generation_stats = generate.stats_of(decoding)
             for row, tokens in enumerate(chosen):
-                piece = texts.push(decoding, row, tokens)[0] if texts else ""
+                piece, kept = texts.push(decoding, row, tokens) if texts else ("", len(tokens))
                 if request.kind == "tokens":
-                    yield from ((row, token) for token in tokens)
+                    yield from ((row, token) for token in tokens[:kept])
                 elif piece:
                     yield piece if request.kind == "text" else (row, piece)
 
@@ -183,7 +197,7 @@ class Generates:
             >>> instruction = lm.prefill("Translate to French.\\n")
             >>> lm.generate(["cheese =>", "bread =>"], prefix=instruction, max_new_tokens=8)
         """
-        token_ids = self._prefix_token_ids(prefix)
+        token_ids = self._prefix_token_ids(prefix) if len(prefix) or isinstance(prefix, str) else []
         limit = self.backbone.config.max_sequence_length
         if not 0 < len(token_ids) < limit:
             raise ValueError(
@@ -192,6 +206,16 @@ class Generates:
             )
         with backend.no_gradients():
             return make_prefix(self.make_generate_function(), token_ids)
+
+    def open_session(self) -> Session:
+        """A growing sequence of tokens whose caches are kept, so that nothing runs twice; `Chat` is made of one.
+
+        Example:
+            >>> session = lm.open_session()
+            >>> session.extend([2, 651])
+            >>> list(session.stream(max_new_tokens=8))
+        """
+        return Session(self)
 
     def _prefix_token_ids(self, prefix: Any) -> list[int]:
         if isinstance(prefix, str):

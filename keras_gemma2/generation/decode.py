@@ -12,6 +12,7 @@ from keras_gemma2.generation.drawing import log_probability
 from keras_gemma2.generation.sampler import choose
 
 STEPS = 32  # of the loop, at most, before it gives back what it chose
+SCORED = 64  # tokens whose logits are in memory at once when a text is scored
 CLOSED, NOT_A_NUMBER = -1, -2  # what stands in place of a token where a row has ended, or where its logits hold no number
 
 
@@ -50,6 +51,37 @@ def extend_prompts(
     last = ops.take_along_axis(x, ops.maximum(tokens.counts - 1, 0)[:, None, None], axis=1)
     last = ops.take(backbone.layer_norm(last)[:, 0], ops.maximum(sources, 0), axis=0)
     return caches, ops.where(sources[:, None] >= 0, last, hidden)
+
+
+def score_prompts(
+    backbone: Any, caches: list[Cache], token_ids: Any, targets: Any, tokens: Tokens
+) -> tuple[list[Cache], Any]:
+    """Runs a piece of some rows' texts; gives the log-probability of the token that follows each token.
+
+    Args:
+        backbone, caches, token_ids, tokens: as `extend` takes them.
+        targets: int32 `[b, T]`, the tokens that follow.
+
+    Returns:
+        The caches, and float32 `[b, T]`. Logits are made for `SCORED` tokens at a time: those of a whole piece would be the largest
+        thing in memory.
+    """
+    x, caches = extend(backbone, caches, token_ids, tokens)
+    shape = ops.shape(token_ids)
+    hidden, targets = ops.reshape(backbone.layer_norm(x), (-1, x.shape[-1])), ops.reshape(targets, (-1,))
+    size = min(SCORED, hidden.shape[0])
+
+    def score(i: Any, scores: Any) -> tuple[Any, Any]:
+        index = i * size + ops.arange(size, dtype="int32")
+        logits = backbone.token_embedding(ops.take(hidden, index, axis=0), reverse=True)
+        found = log_probability(logits, ops.take(targets, index, axis=0))
+        here = ops.arange(scores.shape[0], dtype="int32")[:, None] == i
+        return i + 1, ops.where(here, found[None, :], scores)
+
+    blocks = hidden.shape[0] // size
+    start = (ops.zeros((), "int32"), ops.zeros((blocks, size), "float32"))
+    scores = ops.while_loop(lambda i, _: i < blocks, score, start)[1]
+    return caches, ops.reshape(scores, shape)
 
 
 def decode_step(backbone: Any, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[Any, list[Cache]]:

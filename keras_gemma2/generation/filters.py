@@ -52,19 +52,6 @@ def mark(key: Any, marks: Any, tokens: Any) -> Any:
     return ops.where(chosen, ops.bitwise_or(marks, ops.cast(GENERATED, "int8")), marks)
 
 
-def peak_of(logits: Any) -> Any:
-    """The largest logit of each row, `[B, 1]`; +inf for a row with a NaN, -inf for one with nothing else."""
-    return ops.max(ops.where(ops.isnan(logits), np.float32(np.inf), logits), axis=-1, keepdims=True)
-
-
-def most_likely(logits: Any) -> Any:
-    """The first of the largest logits, int32 `[B]`; -1 for a row that holds NaN or +inf, or -inf only."""
-    size, peak = logits.shape[-1], peak_of(logits)
-    # Faster than `argmax`, which XLA does not vectorize on CPU, and the peak tells unusable rows.
-    first = ops.min(ops.where(logits == peak, ops.arange(size, dtype="int32")[None], size), axis=-1)
-    return ops.where(ops.isinf(peak[:, 0]), -1, first)
-
-
 def warped(arrays: Mapping[str, Any], logits: Any) -> Any:
     """Weights `[B, V]` after temperature, top-k, top-p and min-p: the softmax's terms relative to its largest, or 0.
 
@@ -73,25 +60,38 @@ def warped(arrays: Mapping[str, Any], logits: Any) -> Any:
         logits: float32 `[B, V]`, after bias and penalties.
 
     Returns:
-        float32, not normalized: the largest is 1. Rows with NaN or +inf, or with -inf only, are NaN or sum to 0.
+        float32, not normalized: the largest is 1. The weights of rows with NaN or +inf, or with -inf only, sum to NaN.
 
     Tokens that tie with the last one kept by top-k or top-p are kept too. (transformers agrees for top-k; its top-p keeps as many
     of them as its sort puts first.)
     """
-    peak, temperature = peak_of(logits), arrays["temperature"][:, None]
+    peak, temperature = ops.max(logits, axis=-1, keepdims=True), arrays["temperature"][:, None]
 
     def weight_at(value: Any) -> Any:
         return ops.exp((value - peak) / temperature)
 
+    def filtered() -> Any:
+        # At the lowest temperatures at least a few floats under the largest logit.
+        reach = ops.maximum(LOWEST_EXPONENT * temperature, ops.abs(peak) * 1e-6 + 1e-30)
+        lowest = ops.maximum(peak - reach, LOWEST)
+        floor = _floor(logits, None, ops.ones_like, arrays["top_k"][:, None], lowest, peak)
+        # top_p is a share of what top-k has left.
+        total = ops.sum(_over(logits, floor) * weights, axis=-1, keepdims=True)
+        floor = _floor(logits, weights, weight_at, arrays["top_p"][:, None] * total, floor, peak)
+        kept = _over(logits, floor) * weights
+        return kept * (1.0 - _over(arrays["min_p"][:, None], kept))
+
     weights = weight_at(logits)
-    lowest = ops.maximum(peak - LOWEST_EXPONENT * temperature, LOWEST)
-    floor = _floor(logits, 1.0, ops.ones_like, arrays["top_k"][:, None], lowest, peak)
-    # top_p is a share of what top-k has left.
-    weights = ops.where(logits > floor, weights, 0.0)
-    target = arrays["top_p"][:, None] * ops.sum(weights, axis=-1, keepdims=True)
-    floor = _floor(logits, weights, weight_at, target, floor, peak)
-    keep = ops.logical_and(logits > floor, weights >= arrays["min_p"][:, None])
-    return ops.where(keep, weights, 0.0)
+    is_filtered = ops.isfinite(arrays["top_k"]) | ops.isfinite(arrays["top_p"]) | (arrays["min_p"] > 0)
+    return ops.cond(ops.any(is_filtered), filtered, lambda: weights)
+
+
+def _over(values: Any, bound: Any) -> Any:
+    """1.0 where `values` are over `bound`, else 0.0; float32.
+
+    In float arithmetic: on CPU, torch and TensorFlow take several times as long for comparisons and `where`.
+    """
+    return ops.relu(ops.sign(values - bound))
 
 
 def _floor(logits: Any, weights: Any, weight_at: Callable[[Any], Any], target: Any, low: Any, high: Any) -> Any:
@@ -99,7 +99,7 @@ def _floor(logits: Any, weights: Any, weight_at: Callable[[Any], Any], target: A
 
     Args:
         logits: `[B, V]`.
-        weights: of the logits, `[B, V]`; or 1.0, to count them.
+        weights: of the logits, `[B, V]`; None counts them.
         weight_at: what a logit weighs at least that is larger than the value given.
         target: `[B, 1]`; +inf switches a row off, which then gets `low`. So does a row whose logits all weigh less.
         low: `[B, 1]`, under all logits that may be kept.
@@ -112,7 +112,8 @@ def _floor(logits: Any, weights: Any, weight_at: Callable[[Any], Any], target: A
 
     def step(middle: Callable[[Any, Any], Any], low: Any, high: Any, is_open: Any, is_first: Any) -> tuple[Any, ...]:
         value = ops.where(is_first, low, middle(low, high))  # is `low` low enough at all?
-        weight = ops.sum(ops.where(logits > value, weights, 0.0), axis=-1, keepdims=True)
+        mask = _over(logits, value)
+        weight = ops.sum(mask if weights is None else mask * weights, axis=-1, keepdims=True)
         is_enough, none_to_spare = weight >= target, weight - weight_at(value) < target
         between = ops.logical_and(value > low, value < high)
         is_needed = ops.where(is_first, is_enough, between)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras_hub
 import numpy as np
@@ -11,13 +11,31 @@ from keras import ops
 from keras_gemma2 import backend
 from keras_gemma2.generation.decode import STEPS
 from keras_gemma2.generation.decoding import Decoding, HostDecoding
+from keras_gemma2.generation.drafts import PROMPT_LOOKUP, PROPOSED, DraftModel, PromptLookup
 from keras_gemma2.generation.own_loop import generate_with_own_loop, has_own_loop
 from keras_gemma2.generation.requests import GREEDY, Request, tokens_before
 from keras_gemma2.generation.runner import Runner
-from keras_gemma2.generation.sampler import plan
+from keras_gemma2.generation.sampler import Plan, plan
+from keras_gemma2.generation.speculative import SpeculationStats, SpeculativeDecoding
 from keras_gemma2.generation.text_stream import TextStream
 
 STEPS_BETWEEN_CHECKS = 8  # for stop strings, which are looked for on the host
+
+
+class Result(NamedTuple):
+    """What a request came to.
+
+    Args:
+        token_ids: the new ids of each row, a stop token that ended it included.
+        logprobs: their log-probabilities.
+        texts: if there are stop strings, the new texts, cut before them.
+        stats: if there is a draft, what it was good for.
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    texts: list[str] | None
+    stats: SpeculationStats | None
 
 
 def begin(runner: Runner, request: Request) -> Decoding:
@@ -33,14 +51,22 @@ def begin(runner: Runner, request: Request) -> Decoding:
     arguments = (runner, caches, hidden, rows, request.limits, chosen, request.seeds, [request.stop_token_ids] * len(rows))
     if not isinstance(request.sampler, list):
         return HostDecoding(*arguments, choose=_keras_hub_choice(request.sampler))
+    if request.draft is not None:
+        return SpeculativeDecoding(*arguments, draft=_proposer(request, chosen))
     return HostDecoding(*arguments) if chosen.on_host else Decoding(*arguments)
 
 
+def _proposer(request: Request, chosen: Plan) -> DraftModel | PromptLookup:
+    if request.draft == PROMPT_LOOKUP:
+        return PromptLookup(len(request.prompts))
+    return DraftModel(request.draft.make_generate_function(), chosen, max(request.limits))
+
+
 def _prefilled(runner: Runner, request: Request, room: int) -> tuple[Any, Any]:
-    batch, prefix = len(request.prompts), request.prefix
+    batch, prefix, slack = len(request.prompts), request.prefix, 0 if request.draft is None else PROPOSED
     if prefix is None:
-        return runner.prefill(runner.new_caches(batch, room), request.prompts)
-    caches = runner.copied_caches(prefix.caches, len(prefix), batch, room)
+        return runner.prefill(runner.new_caches(batch, room, slack), request.prompts)
+    caches = runner.copied_caches(prefix.caches, len(prefix), batch, room, slack)
     return runner.prefill(caches, request.prompts, [len(prefix)] * batch)
 
 
@@ -62,7 +88,7 @@ def check_streams(request: Request) -> None:
         )
 
 
-def run(runner: Runner, request: Request, tokenizer: Any) -> tuple[list[list[int]], list[list[float]], list[str] | None]:
+def run(runner: Runner, request: Request, tokenizer: Any) -> Result:
     """Continues each prompt of a request until a stop or its limit.
 
     Args:
@@ -71,13 +97,12 @@ def run(runner: Runner, request: Request, tokenizer: Any) -> tuple[list[list[int
         tokenizer: for stop strings; None where there are none.
 
     Returns:
-        The new ids of each row (a stop token that ended it included), their log-probabilities, and, if there are stop strings, the new
-        texts, cut before them.
+        What came of it.
     """
     if has_own_loop(request.sampler):
         with backend.no_gradients():
             rows = generate_with_own_loop(runner, request)
-        return rows, [[] for _ in rows], None
+        return Result(rows, [[] for _ in rows], None, None)
     decoding = begin(runner, request)
     texts = RowTexts(tokenizer, request) if request.stop_strings else None
     new: list[list[int]] = [[] for _ in request.prompts]
@@ -88,7 +113,12 @@ def run(runner: Runner, request: Request, tokenizer: Any) -> tuple[list[list[int
             kept = texts.push(decoding, row, tokens)[1] if texts else len(tokens)
             new[row] += tokens[:kept]
     logprobs = [of_row[: len(ids)] for of_row, ids in zip(decoding.logprobs, new)]
-    return new, logprobs, texts.texts if texts else None
+    return Result(new, logprobs, texts.texts if texts else None, stats_of(decoding))
+
+
+def stats_of(decoding: Decoding) -> SpeculationStats | None:
+    """What a draft was good for so far; None without one."""
+    return decoding.stats if isinstance(decoding, SpeculativeDecoding) else None
 
 
 class RowTexts:

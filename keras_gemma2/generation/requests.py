@@ -10,6 +10,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_gemma2.generation.drafts import check_draft
 from keras_gemma2.generation.prefix import CachedPrefix
 from keras_gemma2.generation.sampler import Sampler
 from keras_gemma2.generation.text_stream import read_stop_strings
@@ -31,6 +32,7 @@ class Request:
         sampler: a keras-hub sampler, or one of ours for each row.
         seeds: one a row.
         prefix: what stands before all prompts, or None.
+        draft: a smaller model, "prompt_lookup", or None.
         kind: what was given: "text", "texts" or "tokens".
         length: tokens of a row of the output, for "tokens".
     """
@@ -42,6 +44,7 @@ class Request:
     sampler: Any
     seeds: list[int]
     prefix: CachedPrefix | None
+    draft: Any
     kind: str
     length: int
 
@@ -57,6 +60,7 @@ class Options:
     sampler: Any = None
     seed: Any = None
     prefix: CachedPrefix | None = None
+    draft: Any = None
 
 
 def read_request(lm: Any, inputs: Any, options: Options, first_row: int = 0) -> Request:
@@ -91,8 +95,9 @@ def read_request(lm: Any, inputs: Any, options: Options, first_row: int = 0) -> 
     if options.max_new_tokens is not None:
         limits = [min(max_length, before + len(prompt) + options.max_new_tokens) for prompt in prompts]
     sampler, seeds = read_sampler(lm, options.sampler, options.seed, len(prompts), first_row)
+    check_draft(lm, options.draft, sampler, limits)
     length = max_length if options.max_new_tokens is None else max(limits)
-    return Request(prompts, limits, stop_token_ids, stop_strings, sampler, seeds, options.prefix, kind, length)
+    return Request(prompts, limits, stop_token_ids, stop_strings, sampler, seeds, options.prefix, options.draft, kind, length)
 
 
 def _token_prompts(lm: Any, inputs: Any, before: int) -> tuple[list[list[int]], int]:
@@ -169,7 +174,7 @@ def check_sampler(sampler: Any) -> None:
         )
 
 
-def read_sampler(lm: Any, sampler: Any, seed: Any, rows: int, first_row: int) -> tuple[Any, list[int]]:
+def read_sampler(lm: Any, sampler: Any, seed: Any, rows: int, first_row: int = 0) -> tuple[Any, list[int]]:
     """The sampler, one of ours a row or a keras-hub one, and the seed of each row."""
     sampler = lm.sampler if sampler is None else sampler
     if isinstance(sampler, (list, tuple)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from keras import ops
 
 from keras_gemma2 import backend
 from keras_gemma2.cache import Cache, Tokens, copied_caches, empty_caches
-from keras_gemma2.generation.decode import Choosing, choose_next, decode_loop, decode_step, extend_prompts
+from keras_gemma2.generation.decode import Choosing, choose_next, decode_loop, decode_step, extend_prompts, score_prompts
 
 CHUNK = 512  # tokens of a prompt that run at a time: enough to keep the products busy, few enough to keep what they hold small
 TOKENS_A_CALL = 1024  # of several rows' prompts together
@@ -78,12 +79,20 @@ class Runner:
         self._extend = {fresh: self._compiled(self._extend_function(fresh)) for fresh in (True, False)}
         self._first: dict[Any, Any] = {}
         self._loops: dict[Any, Any] = {}
+        self._others: dict[Any, Any] = {}
+        self._scores = self._compiled(self._scores_function)
         self._step = self._compiled(self.step_function)
         self._logits = self._compiled(lambda unused, hidden: self._head(hidden))
         self._copy = self._compiled(lambda empty, caches, count: copied_caches(caches, count, empty))
 
     def _compiled(self, function: Any) -> Any:
         return backend.compile_function(function, self.backbone.variables)
+
+    def compiled(self, function: Any, key: Any) -> Any:
+        """`function(backbone, key, ...)` as a compiled function of the arguments left, the first of which is given up."""
+        if (function, key) not in self._others:
+            self._others[function, key] = self._compiled(functools.partial(function, self.backbone, key))
+        return self._others[function, key]
 
     # Caches ---------------------------------------------------------------------------------------------------------------
 
@@ -120,14 +129,9 @@ class Runner:
         return caches, hidden
 
     def _run_piece(self, caches: Any, hidden: Any, prompts: Any, starts: np.ndarray, piece: Piece) -> tuple[Any, Any]:
-        batch = _power_of_two(len(piece.rows))
-        token_ids = np.zeros((batch, piece.steps), "int32")
-        rows, first, counts = (np.zeros(batch, "int32") for _ in range(3))
+        token_ids, rows, first, counts = _piece_arrays(piece, prompts, starts)
         sources = np.full(len(prompts), -1, "int32")
-        for i, (row, begin, count) in enumerate(zip(piece.rows, piece.firsts, piece.counts)):
-            token_ids[i, :count] = prompts[row][begin : begin + count]
-            rows[i], first[i], counts[i], sources[row] = row, starts[row] + begin, count, i
-        # Rows that fill up the bucket have no real token: they store nothing, and nothing of theirs is read.
+        sources[piece.rows] = np.arange(len(piece.rows))
         run = self._extend[not first.any()]
         return run((caches, hidden), *_tensors(token_ids, rows, first, counts, sources))
 
@@ -137,6 +141,29 @@ class Runner:
             return extend_prompts(self.backbone, *state, token_ids, tokens, sources)
 
         return run
+
+    def scores(
+        self, caches: list[Cache], prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Float32 log-probabilities of the token that follows each token.
+
+        Args:
+            caches: as `prefill` takes them.
+            prompts: token ids of each row.
+            targets: of each of them the token that follows.
+            starts: tokens that stand before them, of each row.
+        """
+        scores: list[list[float]] = [[] for _ in prompts]
+        for piece in pieces([len(prompt) for prompt in prompts]):
+            token_ids, rows, first, counts = _piece_arrays(piece, prompts, np.asarray(starts, "int32"))
+            followers = _piece_arrays(piece, targets, np.asarray(starts, "int32"))[0]
+            caches, found = self._scores(caches, *_tensors(token_ids, followers, rows, first, counts))
+            for row, count, logprobs in zip(piece.rows, piece.counts, ops.convert_to_numpy(found)):
+                scores[row] += logprobs[:count].tolist()
+        return [np.array(row, "float32") for row in scores]
+
+    def _scores_function(self, caches: Any, token_ids: Any, targets: Any, rows: Any, starts: Any, counts: Any) -> Any:
+        return score_prompts(self.backbone, caches, token_ids, targets, Tokens(rows, starts, counts, token_ids.shape[1]))
 
     # Tokens ---------------------------------------------------------------------------------------------------------------
 
@@ -180,6 +207,20 @@ class Runner:
 
     def _head(self, hidden: Any) -> Any:
         return self.backbone.token_embedding(hidden, reverse=True)
+
+
+def _piece_arrays(piece: Piece, prompts: Any, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A piece's token ids `[b, T]` and the rows, starts and counts `[b]` of `Tokens`, all int32.
+
+    Rows that fill up the bucket have no real token: they store nothing, and nothing of theirs is read.
+    """
+    batch = _power_of_two(len(piece.rows))
+    token_ids = np.zeros((batch, piece.steps), "int32")
+    rows, first, counts = (np.zeros(batch, "int32") for _ in range(3))
+    for i, (row, begin, count) in enumerate(zip(piece.rows, piece.firsts, piece.counts)):
+        token_ids[i, :count] = prompts[row][begin : begin + count]
+        rows[i], first[i], counts[i] = row, starts[row] + begin, count
+    return token_ids, rows, first, counts
 
 
 def _tensors(*arrays: Any) -> list[Any]:

@@ -11,8 +11,8 @@ import numpy as np
 from keras import ops
 
 from keras_gemma2 import backend
-from keras_gemma2.generation.drawing import draw, log_probability, uniforms
-from keras_gemma2.generation.filters import IN_PROMPT, mark, most_likely, penalized, warped
+from keras_gemma2.generation.drawing import draw, log_probability, most_likely, uniforms
+from keras_gemma2.generation.filters import IN_PROMPT, mark, penalized, warped
 from keras_gemma2.generation.sampler_settings import LogitsProcessor, Sampler, processor_name
 
 __all__ = [

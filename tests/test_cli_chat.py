@@ -1,0 +1,210 @@
+"""`keras-gemma2 chat`, as a user types it."""
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from keras_gemma2.cli import main
+from keras_gemma2.cli_chat import converse
+
+COMMAND = [sys.executable, "-m", "keras_gemma2", "chat", "gemma2_mini_en"]
+
+
+class Echo:
+    """A chat that answers in upper case, word by word; `!` breaks off as Ctrl-C does, `?` is an error."""
+
+    def __init__(self):
+        self.heard, self.closed, self.saved, self.resets = [], 0, [], 0
+
+    def stream(self, text):
+        self.heard.append(text)
+        if text == "?":
+            raise ValueError("The conversation has\nno room left.")
+        return self._pieces(text)
+
+    def _pieces(self, text):
+        try:
+            for word in text.upper().split():
+                if word == "!":
+                    raise KeyboardInterrupt
+                yield f"{word} "
+        finally:
+            self.closed += 1
+
+    def reset(self):
+        self.resets += 1
+
+    def save(self, path):
+        if path == "nowhere":
+            raise PermissionError(13, "Permission denied", path)
+        self.saved.append(path)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Types lines into `converse`; an exception in place of a line is raised. The end of input comes last."""
+
+    def type_lines(*lines, chat=None):
+        lines, prompts = iter([*lines, EOFError()]), []
+
+        def read(prompt=""):
+            prompts.append(prompt)
+            line = next(lines)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        chat = chat or Echo()
+        assert converse(chat, interactive=True) == 0
+        assert set(prompts) == {"> "}
+        return chat, len(prompts)
+
+    return type_lines
+
+
+@pytest.mark.backend_free
+def test_answers_come_piece_by_piece(terminal, capsys):
+    chat, prompts = terminal("hello there", "", "   ", "again")
+    assert chat.heard == ["hello there", "again"] and prompts == 5 and chat.closed == 2
+    assert capsys.readouterr().out == "HELLO THERE \nAGAIN \n"
+
+
+@pytest.mark.backend_free
+def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(terminal, capsys):
+    chat, prompts = terminal("one ! two", "three", KeyboardInterrupt(), "never read")
+    captured = capsys.readouterr()
+    assert captured.out == "ONE \nTHREE \n" and "[stopped]" in captured.err
+    assert chat.heard == ["one ! two", "three"] and prompts == 3 and chat.closed == 2
+
+
+@pytest.mark.backend_free
+def test_commands(terminal, capsys):
+    chat, prompts = terminal(
+        "/reset", "/save a file.json", " /not a command, with a space before it", "//slash", "/help", "/quit", "x"
+    )
+    captured = capsys.readouterr()
+    assert chat.resets == 1 and chat.saved == ["a file.json"] and prompts == 6
+    assert chat.heard == [" /not a command, with a space before it", "/slash"]
+    for text in ("/reset", "/save FILE", "/help", "/quit", "Ctrl-C", "Saved to a file.json."):
+        assert text in captured.err and text not in captured.out
+
+
+@pytest.mark.backend_free
+def test_mistakes_are_told_and_the_conversation_goes_on(terminal, capsys):
+    chat, _ = terminal("?", "/save", "/save nowhere", "/quit now", "/what", "still here")
+    captured = capsys.readouterr()
+    assert captured.out == "STILL HERE \n" and chat.heard == ["?", "still here"] and chat.saved == []
+    told = captured.err.splitlines()
+    assert told[0] == "The conversation has no room left." and "Permission denied" in told[2]
+    assert all("is none of /reset, /save FILE, /help and /quit" in told[i] for i in (1, 3, 4)) and "//what" in told[4]
+
+
+@pytest.mark.backend_free
+def test_a_model_cannot_steer_the_terminal(terminal, capsys):
+    class Hostile(Echo):
+        def _pieces(self, text):
+            yield "a\x1b]0;title\x07\x9b2J\r\b\x7f\tb\n"
+
+    terminal("x", chat=Hostile())
+    assert capsys.readouterr().out == "a\ufffd]0;title\ufffd\ufffd2J\ufffd\ufffd\ufffd\tb\n"
+
+
+def test_out_of_a_pipe_stdout_holds_the_answers_alone():
+    lines = "Fellow citizens\n\nAnd the army?\n/reset\nFellow citizens"
+    options = ["--temperature", "0", "--max-new-tokens", "8", "--system", "Be brief."]
+    result = subprocess.run([*COMMAND, *options], input=lines, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    assert "> " not in result.stdout and "Traceback" not in result.stderr
+    from keras_gemma2 import Chat, Gemma2CausalLM
+
+    chat = Chat(Gemma2CausalLM.from_preset("gemma2_mini_en"), system="Be brief.", max_new_tokens=8)
+    answers = [chat.send("Fellow citizens"), chat.send("And the army?")]
+    assert result.stdout == "".join(a if a.endswith("\n") else f"{a}\n" for a in [*answers, answers[0]])
+
+
+def test_in_process_with_save_and_load(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "chat.json"
+    arguments = ["chat", "gemma2_mini_en", "--max-new-tokens", "6", "--seed", "3", "--top-k", "50"]
+
+    def run(lines, *more):
+        read = iter(lines)
+        monkeypatch.setattr(sys.stdin, "readline", lambda: next(read, ""), raising=False)
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+        code = main([*arguments, *more])
+        return code, capsys.readouterr()
+
+    code, first = run(["The union\n", f"/save {path}\n", "The army\n"])
+    assert code == 0 and str(path) in first.err
+    messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
+    assert [m["role"] for m in messages] == ["user", "model"] and first.out.startswith(messages[1]["content"])
+    code, second = run(["The army"], "--load", str(path))
+    assert code == 0 and first.out.endswith(second.out) and second.out.strip(), "a loaded conversation goes on as it would have"
+    code, mistaken = run(["/what\n", "never read\n"])
+    assert code == 2 and mistaken.out == "" and mistaken.err.count("\n") == 1 and "keras-gemma2: '/what' is none of" in mistaken.err
+    code, full = run(["the union " * 300 + "\n"])
+    assert code == 2 and "room for 512" in full.err
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required: preset"),
+        (["gemma2_mini_em"], "Unknown preset 'gemma2_mini_em'"),
+        (["gemma2_mini_en", "--temperature", "-1"], "--temperature"),
+        (["gemma2_mini_en", "--max-new-tokens", "0"], "--max-new-tokens.*at least 1"),
+        (["gemma2_mini_en", "--load", "missing.json"], "--load: there is no file 'missing.json'"),
+        (["gemma2_mini_en", "--load", "x", "--system", "y"], "--system: the conversation of --load has its own"),
+    ],
+)
+def test_wrong_arguments_give_one_line_and_exit_code_2(arguments, message, capsys):
+    try:
+        code = main(["chat", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == "" and captured.err.count("\n") == 1 and re.search(message, captured.err)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_on_a_terminal_ctrl_c_stops_the_answer():
+    import pty
+
+    ours, theirs = pty.openpty()
+    options = ["--max-new-tokens", "300", "--seed", "1"]
+    process = subprocess.Popen(
+        [*COMMAND, *options], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True, start_new_session=True
+    )
+    os.close(theirs)
+    seen = ""
+
+    def until(text, after=0):
+        nonlocal seen
+        end = time.monotonic() + 120
+        while text not in seen[after:]:
+            assert time.monotonic() < end and select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 4096).decode("utf-8", "replace")
+        return len(seen)
+
+    try:
+        until("> ")
+        os.write(ours, b"Fellow citizens\n")
+        begun = until("Fellow citizens\r\n")
+        until(" ", begun)
+        process.send_signal(2)  # the terminal's own Ctrl-C goes to a foreground process group, which a test has not
+        stopped = until("[stopped]", begun)
+        until("> ", stopped)
+        os.write(ours, b"/quit\n")
+        assert process.wait(60) == 0 and "Traceback" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)

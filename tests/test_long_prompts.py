@@ -1,0 +1,141 @@
+"""Prompts past the chunk, the window and the block of attention, with all at their real sizes; and what compiles, and when."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from oracle import hugging_face_folder, hugging_face_logits
+
+from keras_gemma2 import Gemma2CausalLM, Sampler
+from keras_gemma2.cache import BLOCK, empty_caches
+from keras_gemma2.config import Gemma2Config
+from keras_gemma2.generation.runner import CHUNK, pieces
+
+# As in test_parity: float32 rounding, as a share of the logits' range.
+TOLERANCE = 2e-5
+WINDOW = 700
+
+
+def load(**overrides):
+    folder, model = hugging_face_folder(**overrides)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Gemma2CausalLM.from_preset(folder), model
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load(max_position_embeddings=2048, sliding_window=WINDOW, num_hidden_layers=2)
+
+
+def tokens(*lengths):
+    rng = np.random.default_rng(4)
+    return [rng.integers(0, 97, n).tolist() for n in lengths]
+
+
+def test_the_sizes_mean_something():
+    assert CHUNK < WINDOW < BLOCK < 1300
+
+
+def test_long_ragged_prompts_and_what_follows_equal_the_oracle(pair):
+    """Rows of one, two and three chunks; the longest wraps its ring, fills more than a block, and goes on decoding past it."""
+    lm, model = pair
+    rows = tokens(1300, 530, 3)
+    runner = lm.make_generate_function()
+    caches, hidden = runner.prefill(runner.new_caches(3, 1340), rows)
+    logits = runner.logits(hidden)
+    for step in range(4):
+        ours = keras.ops.convert_to_numpy(logits)
+        for row, ids in enumerate(rows):
+            expected = hugging_face_logits(model, [ids])[0, -1]
+            assert np.abs(ours[row] - expected).max() <= TOLERANCE * np.ptp(expected), (row, step)
+        chosen, positions = ours.argmax(axis=1).astype("int32"), np.array([len(ids) for ids in rows], "int32")
+        rows = [[*ids, int(token)] for ids, token in zip(rows, chosen)]
+        logits, caches = runner.step(caches, chosen, positions)
+
+
+def test_a_long_text_is_scored_as_by_the_oracle(pair):
+    lm, model = pair
+    (ids,) = tokens(1100)
+    inputs = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)), "int32")}
+    logits = hugging_face_logits(model, [ids])[0].astype("float64")
+    expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    expected = expected[np.arange(len(ids) - 1), ids[1:]]
+    np.testing.assert_allclose(lm.score(inputs)[0], expected, atol=1e-4)  # TOLERANCE of a range of 6
+
+
+def test_pieces_cover_each_prompt_once():
+    lengths = [1300, 530, 3, 512, 0, 20, 17]
+    seen = [[] for _ in lengths]
+    for piece in pieces(lengths):
+        assert piece.steps * len(piece.rows) <= 1024 and max(piece.counts) <= piece.steps <= max(16, 2 * min(piece.counts))
+        for row, first, count in zip(piece.rows, piece.firsts, piece.counts):
+            seen[row] += range(first, first + count)
+    assert seen == [list(range(length)) for length in lengths]
+
+
+def test_caches_of_the_published_models_take_three_quarters():
+    """At 8192 tokens the local half of the layers keeps 4096; stated in bytes, without making them."""
+    config = Gemma2Config(256000, 26, 8, 4, 2304, 9216, 256)
+    sizes = []
+
+    def zeros(shape, dtype):
+        sizes.append(int(np.prod(shape)) * 2)
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("keras_gemma2.cache.ops.zeros", zeros)
+        empty_caches(config, 1, 8192, "bfloat16")
+    full = 2 * 26 * 4 * 8192 * 256 * 2
+    assert full == 872_415_232 and sum(sizes) <= 0.76 * full
+
+
+def compilations(runner):
+    """What has been compiled so far, by the backend's own count."""
+    if keras.backend.backend() == "tensorflow":
+        functions = [*runner._extend.values(), *runner._first.values(), *runner._loops.values(), runner._copy, runner._logits]
+        return sum(function.experimental_get_tracing_count() for function in functions)
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return sum(torch._dynamo.utils.counters["frames"].values())
+    return JAX_COMPILATIONS[0]
+
+
+JAX_COMPILATIONS = [0]
+if keras.backend.backend() == "jax":
+    import jax
+
+    def _count(event, duration, **kwargs):
+        JAX_COMPILATIONS[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def test_nothing_compiles_anew_within_a_bucket(pair):
+    lm, _ = pair
+    runner = lm.make_generate_function()
+
+    def generate(lengths, count, seed=0, **numbers):
+        rows = tokens(*lengths)
+        ids, mask = np.zeros((len(rows), max(lengths)), "int32"), np.zeros((len(rows), max(lengths)), "int32")
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        sampler = Sampler(**{"temperature": 0.7, **numbers})
+        lm.generate(
+            {"token_ids": ids, "padding_mask": mask}, max_new_tokens=count, sampler=sampler, seed=seed, stop_token_ids=None
+        )
+
+    before = compilations(runner)
+    generate((20, 30), 3)
+    first = compilations(runner)
+    assert keras.backend.backend() == "torch" or first > before  # so that the count counts
+    generate((17, 32), 9, seed=5, temperature=1.1)
+    generate((25, 25), 40, seed=-1, top_k=7)
+    generate((31, 18), 2, seed=2**70, top_p=0.3, min_p=0.01)
+    assert compilations(runner) == first
+    generate((20, 30), 3, temperature=0)
+    greedy = compilations(runner)
+    generate((32, 17), 50, temperature=0)
+    assert compilations(runner) == greedy

@@ -1,0 +1,60 @@
+"""Prefill and decoding lower for accelerators that are not at hand, from the CPU: JAX only, whose exporter can do that."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from oracle import hugging_face_folder
+
+from keras_gemma2 import Gemma2CausalLM, Sampler
+from keras_gemma2.cache import Tokens
+from keras_gemma2.generation.decode import STEPS, Choosing, decode_loop, extend_prompts
+from keras_gemma2.generation.sampler import initial_marks, plan
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="jax.export is JAX's")
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_and_decoding_lower(platform, dtype):
+    import jax
+
+    folder, _ = hugging_face_folder(max_position_embeddings=2048, sliding_window=700, num_hidden_layers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lm = Gemma2CausalLM.from_preset(folder, dtype=dtype)
+    backbone, variables = lm.backbone, lm.backbone.variables
+    batch = 2
+    caches = lm.make_generate_function().new_caches(batch, 1500)  # more than a block, so that its loop is lowered too
+    chosen = plan([Sampler(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)] * batch, 97)
+
+    def lower(function, *arguments):
+        def pure(values, *arguments):
+            with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+                return function(*arguments)
+
+        values = [variable.value for variable in variables]
+        return jax.export.export(jax.jit(pure), platforms=[platform])(values, *arguments)
+
+    ids = np.zeros((batch, 512), "int32")
+    rows, starts, counts = np.arange(batch, dtype="int32"), np.full(batch, 512, "int32"), np.full(batch, 512, "int32")
+    hidden = np.zeros((batch, backbone.config.hidden_dim), backbone.compute_dtype)
+
+    def prefill(caches, hidden, ids, rows, starts, counts):
+        return extend_prompts(backbone, caches, hidden, ids, Tokens(rows, starts, counts, 512), rows)
+
+    exported = lower(prefill, caches, hidden, ids, rows, starts, counts)
+    assert exported.platforms == (platform,) and exported.out_avals[-1].shape == (batch, backbone.config.hidden_dim)
+
+    def loop(state, arrays, ids, positions, uniforms, steps):
+        stops, limits = np.full((batch, 8), -1, "int32"), np.full(batch, 1500, "int32")
+        open_rows = keras.ops.ones((batch,), "bool")
+        choosing = Choosing(chosen.key, arrays, keras.ops.array(stops), keras.ops.array(limits))
+        return decode_loop(backbone, choosing, state, ids, positions, open_rows, uniforms, steps)
+
+    marks = initial_marks(chosen, [[1], [2]], 97)
+    exported = lower(
+        loop, (caches, marks), chosen.arrays, np.ones(batch, "int32"), starts, np.zeros((STEPS, batch), "float32"), np.int32(3)
+    )
+    assert exported.platforms == (platform,) and len(exported.mlir_module_serialized) > 1000
