@@ -117,13 +117,9 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
             for kind in sorted(set(config.layer_types))
         }
         self.embedding_dropout = (
-            keras.layers.Dropout(dropout, dtype=self.token_embedding.stream_dtype, name="embedding_dropout")
-            if dropout
-            else None
+            keras.layers.Dropout(dropout, dtype=self.token_embedding.stream_dtype, name="embedding_dropout") if dropout else None
         )
-        self.transformer_layers = [
-            DecoderBlock(config, dtype=dtype, name=f"decoder_block_{i}") for i in range(config.num_layers)
-        ]
+        self.transformer_layers = [DecoderBlock(config, dtype=dtype, name=f"decoder_block_{i}") for i in range(config.num_layers)]
         self.layer_norm = RMSNorm(layer_norm_epsilon, dtype=floats, name="final_norm")
 
         inputs = {
@@ -141,9 +137,7 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
         token_ids = ops.where(real, inputs["token_ids"], 0)  # whatever stands in the padding is not looked at
         return self.layer_norm(self.run_blocks(token_ids, positions, masks))
 
-    def run_blocks(
-        self, token_ids: Any, positions: Any, masks: dict[str, Any] | None, caches: list[Any] | None = None
-    ) -> Any:
+    def run_blocks(self, token_ids: Any, positions: Any, masks: dict[str, Any] | None, caches: list[Any] | None = None) -> Any:
         """Embedding and decoder blocks, up to the final norm.
 
         Args:

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
     add("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="default: %(default)s")
     _add_sampling(generate)
+    add("--draft", metavar="PRESET", help="a smaller model that proposes tokens, or prompt_lookup; says on stderr how many it took")
     add("--strip-prompt", action="store_true", help="print the continuation without the prompt")
     generate.set_defaults(run=_generate)
     _add_chat(commands)
@@ -166,16 +167,25 @@ def _generate(options: argparse.Namespace) -> int:
     from keras_gemma2.presets.registry import resolve
 
     resolve(options.preset)  # a wrong name is told at once, before the seconds that a backend takes to import
+    has_model = options.draft not in (None, "prompt_lookup")
+    if has_model:
+        resolve(options.draft)
     _choose_backend(options.backend)
-    lm = _load(options)
-    prompt_tokens = len(lm.preprocessor.tokenizer(options.prompt)) + 1
-    lm.compile(sampler=_sampler(options, lm.backbone.config.vocabulary_size))
+    from keras_gemma2 import Sampler
+
+    lm = _load(options.preset, options.dtype)
+    draft = _load(options.draft, options.dtype) if has_model else options.draft
     text = lm.generate(
         options.prompt,
-        max_length=min(prompt_tokens + options.max_new_tokens, lm.backbone.config.max_sequence_length),
+        max_new_tokens=options.max_new_tokens,
         strip_prompt=options.strip_prompt,
+        sampler=Sampler(temperature=options.temperature, top_k=options.top_k or None, top_p=options.top_p),
+        seed=options.seed,
+        draft=draft,
     )
     print(text, flush=True)
+    if lm.generation_stats is not None:
+        print(f"keras-gemma2: {lm.generation_stats}", file=sys.stderr)
     return 0
 
 
@@ -189,7 +199,7 @@ def _chat(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"argument --load: there is no file {options.load!r}")
     resolve(options.preset)  # before the seconds that a backend takes to import
     _choose_backend(options.backend)
-    return chat_command(_load(options), options)
+    return chat_command(_load(options.preset, options.dtype), options)
 
 
 def _choose_backend(name: str | None) -> None:
@@ -202,26 +212,15 @@ def _choose_backend(name: str | None) -> None:
         raise ValueError(f"The backend {name!r} is not installed. Install it with: pip install {name}")
 
 
-def _load(options: argparse.Namespace):
+def _load(preset: str, dtype: str | None):
     import keras_gemma2
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The preset .* has no tokenizer")  # an error here, told next
-        lm = keras_gemma2.Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype)
+        lm = keras_gemma2.Gemma2CausalLM.from_preset(preset, dtype=dtype)
     if lm.preprocessor is None:
-        raise ValueError(f"The preset {options.preset!r} has no tokenizer, which text needs.")
+        raise ValueError(f"The preset {preset!r} has no tokenizer, which text needs.")
     return lm
-
-
-def _sampler(options: argparse.Namespace, vocabulary_size: int):
-    from keras_hub import samplers
-
-    if options.temperature == 0:
-        return samplers.GreedySampler()
-    k = min(options.top_k, vocabulary_size) or None
-    if options.top_p == 1 and k is None:
-        return samplers.RandomSampler(temperature=options.temperature, seed=options.seed)
-    return samplers.TopPSampler(p=options.top_p, k=k, temperature=options.temperature, seed=options.seed)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -222,12 +222,6 @@ def test_misspelled_arguments_raise(lm, tiny):
         Gemma2Backbone.from_preset("gemma2_mini_en", slidin=3)
 
 
-def test_quantize_is_refused(lm):
-    for model in (lm, lm.backbone):
-        with pytest.raises(RuntimeError, match="quantize.*nothing was changed"):
-            model.quantize("int8")
-
-
 def test_fit_on_a_pydataset_of_tokens(lm):
     class Rows(keras.utils.PyDataset):
         def __len__(self):

@@ -84,6 +84,7 @@ def test_as_a_program_stdout_holds_the_text_alone():
         (["generate"], "required: prompt"),
         (["generate", "x", "--backend", "numpy"], "--backend"),
         (["generate", "x", "--preset", "gemma2_mini_em"], "Unknown preset 'gemma2_mini_em'.*'gemma2_mini_en'"),
+        (["generate", "x", "--draft", "gemma2_mini_em"], "Unknown preset 'gemma2_mini_em'"),
         (["info", "gemma2_28b_en"], "Unknown preset.*gemma2_27b_en"),
         (["info", "."], "no config.json"),
         (["write"], "invalid choice"),
@@ -157,3 +158,15 @@ def test_help_and_info_are_quick_and_import_no_backend():
         assert result.returncode == 0 and time.perf_counter() - start < 5
         imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
         assert not imported & {"keras", "jax", "torch", "tensorflow", "numpy", "keras_hub"}
+
+
+@pytest.mark.parametrize("draft", ["prompt_lookup", "itself"])
+def test_a_draft_changes_no_greedy_text_and_says_what_it_was_good_for(capsys, small_preset, draft):
+    arguments = ["generate", "It is", "--preset", small_preset, "--max-new-tokens", "20", "--temperature", "0"]
+    assert main(arguments) == 0
+    plain = capsys.readouterr()
+    assert main([*arguments, "--draft", small_preset if draft == "itself" else draft]) == 0
+    out = capsys.readouterr()
+    assert out.out == plain.out
+    assert re.search(r"keras-gemma2: \d+ of \d+ proposed tokens accepted \(\d+%\), in \d+ runs of the model", out.err)
+    assert "proposed" not in plain.err

@@ -1,4 +1,4 @@
-"""Prefill and decoding lower for accelerators that are not at hand, from the CPU: JAX only, whose exporter can do that."""
+"""Prefill and decoding lower for accelerators that are not at hand, from the CPU. JAX only (see conftest.py): the exporter is JAX's."""
 
 import warnings
 
@@ -11,8 +11,6 @@ from keras_gemma2 import Gemma2CausalLM, Sampler
 from keras_gemma2.cache import Tokens
 from keras_gemma2.generation.decode import STEPS, Choosing, decode_loop, extend_prompts
 from keras_gemma2.generation.sampler import initial_marks, plan
-
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="jax.export is JAX's")
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -1,9 +1,8 @@
 """Weights in 8 and 4 bits: the codec, the layers, models, loading and saving."""
 
+import gc
 import json
 import math
-import subprocess
-import sys
 import weakref
 
 import keras
@@ -14,10 +13,11 @@ import pytest
 from conftest import TINY
 from keras import ops
 
-from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2Tokenizer
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, cli
 from keras_gemma2.layers import DecoderBlock, Linear, TiedEmbedding
 from keras_gemma2.layers.quantization import QuantizedMatrix
 from keras_gemma2.presets.convert import convert
+from keras_gemma2.presets.verify import FAILED, verify
 from keras_gemma2.presets.verify_known import TEXT
 from keras_gemma2.presets.verify_running import nats
 from keras_gemma2.quantization import dequantize_rows, group_size, quantize_rows, quantized_bytes
@@ -61,11 +61,13 @@ def logits(lm, rows):
 
 
 def model(dtype="float32", **overrides):
-    """A random model whose norms differ from their initial zeros."""
+    """A random model whose norms differ from their initial zeros, and whose tokens do not predict themselves."""
     backbone = Gemma2Backbone(**{**TINY, **overrides}, dtype=dtype)
     for variable in backbone.trainable_variables:
         if len(variable.shape) == 1:
             variable.assign(0.3 * np.random.standard_normal(variable.shape))
+    if backbone.quantization_mode is None:
+        backbone.token_embedding.embeddings.assign(0.2 * backbone.token_embedding.embeddings)
     return Gemma2CausalLM(backbone)
 
 
@@ -180,15 +182,21 @@ def test_logits_are_those_of_the_weights_that_the_codes_stand_for(quantized):
     assert 1e-3 < np.abs(ours - before).max() < {"int8": 0.3, "int4": 1.6}[mode]
 
 
-def test_predict_and_evaluate_follow(quantized):
-    _, lm, _ = quantized
+def test_predict_evaluate_and_fit():
+    """Of what is trained, only the norms are left."""
+    lm = model("int4_from_float32", num_layers=1)
     expected = logits(lm, [PROMPT])
     np.testing.assert_allclose(lm.predict(tokens([PROMPT]), verbose=0), expected, atol=2e-5)
     log_p = expected[0] - np.log(np.exp(expected[0]).sum(-1, keepdims=True))
     loss = -np.mean([log_p[t, next_id] for t, next_id in enumerate(PROMPT[1:])])
-    lm.compile()
-    found = lm.evaluate(tokens([PROMPT]), verbose=0, return_dict=True)["loss"]
-    assert found == pytest.approx(loss * (len(PROMPT) - 1) / len(PROMPT), rel=1e-4) or found == pytest.approx(loss, rel=1e-4)
+    assert {v.name for v in lm.trainable_variables} == {"scale"} and len(lm.trainable_variables) == 5
+    codes = ops.convert_to_numpy(lm.backbone.token_embedding.embeddings)
+    lm.compile(optimizer=keras.optimizers.SGD(0.5))
+    history = lm.fit(tokens([PROMPT]), epochs=4, verbose=0).history["loss"]
+    # Keras divides by the number of positions, the last one of which has no label.
+    assert history[0] * len(PROMPT) / (len(PROMPT) - 1) == pytest.approx(loss, rel=1e-4) or history[0] == pytest.approx(loss, rel=1e-4)
+    assert history[-1] < history[0] * 0.99  # gradients pass through the quantized products
+    np.testing.assert_array_equal(ops.convert_to_numpy(lm.backbone.token_embedding.embeddings), codes)
 
 
 def test_generation_equals_naive(quantized):
@@ -201,50 +209,34 @@ def test_generation_equals_naive(quantized):
         row = list(row)
         while len(row) < length:
             row.append(int(oracle.numpy_logits(weights, lm.backbone.config, row)[-1].argmax()))
-        assert found == row
+        assert found == row and len(set(row[len(PROMPT) :])) > 2
 
 
 def test_generation_is_compiled_anew():
-    lm = model()
-    before = lm.generate(tokens([PROMPT]), max_length=16, stop_token_ids=None)["token_ids"]
+    lm = model(num_layers=1)
+    lm.generate(tokens([PROMPT]), max_length=16, stop_token_ids=None)
     kernel = weakref.ref(lm.backbone.transformer_layers[0].feed_forward.gate.kernel)
-    lm.backbone.layer_norm.scale.assign(lm.backbone.layer_norm.scale * 0.0)
     lm.backbone.quantize("int4")  # behind the language model's back
     row = list(PROMPT)
     weights = weights_by_hand(lm.backbone)
     while len(row) < 16:
         row.append(int(oracle.numpy_logits(weights, lm.backbone.config, row)[-1].argmax()))
     assert lm.generate(tokens([PROMPT]), max_length=16, stop_token_ids=None)["token_ids"][0].tolist() == row
-    assert row != before[0].tolist()
-    import gc
-
     gc.collect()
     assert kernel() is None or 0 in ops.convert_to_numpy(kernel().value).shape, "the floats are still in memory"
 
 
-def test_only_norms_are_trained(quantized):
-    mode, lm, _ = quantized
-    lm = Gemma2CausalLM(Gemma2Backbone.from_config(lm.backbone.get_config()))
-    assert {v.name for v in lm.trainable_variables} == {"scale"} and len(lm.trainable_variables) == 17
-    codes = ops.convert_to_numpy(lm.backbone.token_embedding.embeddings)
-    norm = ops.convert_to_numpy(lm.backbone.layer_norm.scale)
-    lm.compile(optimizer=keras.optimizers.SGD(0.5))
-    history = lm.fit(tokens([PROMPT] * 4), epochs=4, verbose=0).history["loss"]
-    assert history[-1] < history[0]  # gradients pass through the quantized products
-    np.testing.assert_array_equal(ops.convert_to_numpy(lm.backbone.token_embedding.embeddings), codes)
-    assert np.abs(ops.convert_to_numpy(lm.backbone.layer_norm.scale) - norm).max() > 1e-3
-
-
+@pytest.mark.backend_free
 def test_a_trained_model_gets_a_fresh_optimizer():
     lm = model(num_layers=1)
     lm.compile(optimizer=keras.optimizers.Adam(0.01))
     lm.fit(tokens([PROMPT]), verbose=0)
     lm.quantize("int8")
-    assert lm.optimizer.learning_rate == pytest.approx(0.01)
-    assert lm.fit(tokens([PROMPT]), verbose=0).history["loss"][0] > 0
+    assert float(lm.optimizer.learning_rate) == pytest.approx(0.01)
+    assert np.isfinite(lm.fit(tokens([PROMPT]), verbose=0).history["loss"]).all()
 
 
-@pytest.mark.parametrize("policy", ["int8_from_bfloat16", "int4_from_mixed_bfloat16", "int4_from_float16", "int4_from_mixed_float16"])
+@pytest.mark.parametrize("policy", ["int8_from_bfloat16", "int8_from_mixed_bfloat16", "int4_from_bfloat16", "int4_from_float16"])
 @pytest.mark.filterwarnings("ignore:Gemma 2's activations pass")
 def test_policies_build_codes_from_the_start(policy):
     mode, _, source = policy.partition("_from_")
@@ -306,6 +298,7 @@ def test_layers_on_their_own(mode):
     assert [(v.shape, v.dtype) for v in copy.weights] == [(v.shape, v.dtype) for v in block.weights]
 
 
+@pytest.mark.backend_free
 def test_perplexity_of_the_embedded_preset():
     """Measured 50.66 in float32, 50.55 in int8 and 51.48 in int4 on a text of the preset's kind; no tuning on either side."""
     found = {}
@@ -352,7 +345,7 @@ def test_a_float32_checkpoint_quantized_as_bfloat16(tmp_path):
 def test_presets(quantized, tmp_path):
     mode, lm, _ = quantized
     lm.save_to_preset(tmp_path / "whole")
-    lm.backbone.save_to_preset(tmp_path / "shards", max_shard_size="8KB")
+    lm.backbone.save_to_preset(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.h5"))) > 3
     for name in ("whole", "shards"):
         backbone = Gemma2Backbone.from_preset(tmp_path / name)
@@ -383,7 +376,7 @@ def test_keras_files(quantized, tmp_path):
 
 def test_exports_hold_floats(quantized, tmp_path):
     """Other formats get the floats that the codes stand for."""
-    mode, lm, _ = quantized
+    _, lm, _ = quantized
     lm.export_to_transformers(tmp_path / "hf")
     lm.backbone.save_to_preset(tmp_path / "quantized")
     convert(tmp_path / "quantized", tmp_path / "converted", to="hf")
@@ -400,8 +393,8 @@ def test_exports_hold_floats(quantized, tmp_path):
 
 
 def test_export_to_keras_hub(tmp_path):
-    overrides = {"layer_norm_epsilon": 1e-6, "rope_max_wavelength": 10000.0, "query_pre_attn_scalar": 16, "max_sequence_length": 8192}
-    lm = model(**overrides)
+    # What keras-hub's Gemma can express.
+    lm = model(layer_norm_epsilon=1e-6, rope_max_wavelength=10000.0, query_pre_attn_scalar=16, max_sequence_length=8192)
     lm.quantize("int8")
     lm.save_to_preset(tmp_path, format="keras_hub")
     found = Gemma2Backbone.from_preset(tmp_path)
@@ -410,16 +403,14 @@ def test_export_to_keras_hub(tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(found.named_weights()[path]), expected.astype("float32"))
 
 
-def test_info_and_verify(tmp_path):
-    lm = Gemma2CausalLM.from_preset("gemma2_mini_en", quantize="int8")
-    lm.save_to_preset(tmp_path)
-    assert isinstance(lm.preprocessor.tokenizer, Gemma2Tokenizer)
-    for command in (["info"], ["verify", "--no-transformers"]):
-        result = subprocess.run(
-            [sys.executable, "-m", "keras_gemma2", command[0], str(tmp_path), *command[1:]], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-    assert "int8_from_float32" in result.stdout and "4,6" in result.stdout
+@pytest.mark.backend_free
+def test_info_and_verify(tmp_path, capsys):
+    Gemma2CausalLM.from_preset("gemma2_mini_en", quantize="int8").save_to_preset(tmp_path)
+    assert cli.main(["info", str(tmp_path)]) == 0
+    assert "4,6" in capsys.readouterr().out  # millions of parameters, not of bytes
+    results = {result.name: result for result in verify(str(tmp_path), skip=("transformers",))}
+    assert not [result for result in results.values() if result.verdict == FAILED]
+    assert "in int8_from_float32" in results["model"].message and ", int8" in results["parameters"].message
 
 
 def test_damaged_presets_are_named(quantized, tmp_path):
@@ -499,5 +490,3 @@ def test_size_in_memory(quantized):
     assert sum(ops.convert_to_numpy(v.value).nbytes for v in lm.backbone.weights) == expected
     if keras.backend.backend() == "torch":  # whose modules list parameters of their own
         assert sum(p.numel() * p.element_size() for p in lm.parameters()) == expected
-
-

@@ -1,17 +1,21 @@
 """Speculative decoding: against plain decoding, transformers, and the exact distribution."""
 
+import re
 import warnings
 
 import keras
 import numpy as np
 import pytest
 from oracle import hugging_face_folder, hugging_face_logits, naive_generate
+from sentencepiece import sentencepiece_model_pb2
+from vocabulary import train_vocabulary
 
-from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Sampler
-from keras_gemma2.generation import drafts, generate, speculative
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer, Sampler
+from keras_gemma2.generation import drafts, speculative
 from keras_gemma2.generation.drafts import PROPOSED, PromptLookup
 from keras_gemma2.generation.speculative import SpeculationStats
 
+NOISE = 0.04  # of a draft that is sometimes right
 GREEDY = {"sampler": Sampler(temperature=0), "stop_token_ids": None}
 
 
@@ -22,40 +26,56 @@ def loaded(**overrides):
         return Gemma2CausalLM.from_preset(folder), model
 
 
-def shaken(lm, scale, seed=5):
-    """A copy of a model with noise on its matrices, as a share of their own spread."""
+def shaken(lm, scale):
+    """A copy of a model with noise on its matrices."""
     copy = Gemma2CausalLM(Gemma2Backbone.from_config(lm.backbone.get_config()))
-    copy.set_weights(lm.get_weights())
-    rng = np.random.default_rng(seed)
-    for variable in copy.backbone.variables:
-        value = keras.ops.convert_to_numpy(variable)
-        if value.ndim == 2:
-            variable.assign(value + scale * value.std() * rng.standard_normal(value.shape).astype("float32"))
+    shake(copy, lm, scale)
     return copy
+
+
+def shake(copy, lm, scale):
+    """Gives a copy the weights of the model again, with noise on the matrices: a share of their own spread."""
+    rng = np.random.default_rng(5)
+    for variable, original in zip(copy.backbone.variables, lm.backbone.variables):
+        value = keras.ops.convert_to_numpy(original)
+        noise = scale * value.std() * rng.standard_normal(value.shape).astype("float32") if value.ndim == 2 else 0
+        variable.assign(value + noise)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traces():
+    """The compiled functions of this subject, each time that one is traced."""
+    names = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((drafts, "propose"), (speculative, "verify")):
+            function = getattr(module, name)
+            patch.setattr(module, name, lambda *a, function=function, name=name: names.append(name) or function(*a))
+        yield names
 
 
 @pytest.fixture(scope="module")
 def pair():
-    """Our model and transformers', with the same weights; window 5, four layers."""
-    return loaded()
+    """Our model and transformers', with the same weights; window 5, a local and a global layer."""
+    return loaded(num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
 def models(pair):
     """Drafts of every quality. The bad one has other sizes: fewer layers, another window."""
     lm, _ = pair
-    config = {**lm.backbone.get_config(), "num_layers": 2, "layer_types": None, "sliding_window_size": 7, "name": "bad"}
+    config = {**lm.backbone.get_config(), "num_layers": 1, "layer_types": ["local"], "sliding_window_size": 7, "name": "bad"}
     keras.utils.set_random_seed(3)
     bad = Gemma2CausalLM(Gemma2Backbone.from_config(config))
-    return {"itself": lm, "noisy": shaken(lm, 0.04), "bad": bad, "prompt_lookup": "prompt_lookup"}
+    bad.backbone.layer_norm.scale.assign(np.full(42, -2.0, "float32"))  # logits of the other sign: the least likely token
+    return {"noisy": shaken(lm, NOISE), "bad": bad, "prompt_lookup": "prompt_lookup"}
 
 
 @pytest.fixture(scope="module")
 def oracle(pair):
-    """Three prompts, the texts that transformers makes of them, eight windows long, and the log-probabilities of the new tokens."""
+    """Three prompts, the texts that transformers makes of them, five windows long, and the log-probabilities of the new tokens."""
     rows, texts, logprobs = prompts(7, 1, 12), [], []
     for row in rows:
-        text, logits = naive_generate(pair[1], row, len(row) + 40)
+        text, logits = naive_generate(pair[1], row, len(row) + 24)
         assert len(set(text[len(row) :])) > 3  # the text varies, so that a comparison means something
         texts.append(text)
         logprobs.append([np.log(softmax(step)[token]) for step, token in zip(logits, text[len(row) :])])
@@ -87,27 +107,29 @@ def softmax(logits, temperature=1.0):
 # Greedy -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draft", ["itself", "noisy", "bad", "prompt_lookup"])
+@pytest.mark.parametrize("draft", ["equal", "noisy", "bad", "prompt_lookup"])
 def test_greedy_equals_the_oracle_in_fewer_runs(pair, models, oracle, draft, monkeypatch):
-    """Ragged rows, far past the window; the bad draft's tokens are taken back again and again. Runs are counted where they happen."""
+    """Ragged rows, far past the window; the bad draft's tokens are taken back again and again. Runs are counted."""
     lm, _ = pair
     rows, texts, _ = oracle
     runner, runs = lm.make_generate_function(), []
+    if draft in ("equal", "noisy"):
+        shake(models["noisy"], lm, 0 if draft == "equal" else NOISE)
     loop, compiled = runner.loop, runner.compiled
     monkeypatch.setattr(runner, "loop", lambda *arguments: runs.append(loop) or loop(*arguments))
     monkeypatch.setattr(runner, "compiled", lambda function, key: runs.append(function) or compiled(function, key))
-    out = lm.generate(as_dict(rows), max_new_tokens=40, draft=models[draft], **GREEDY)
+    out = lm.generate(as_dict(rows), max_new_tokens=24, draft=models["noisy" if draft == "equal" else draft], **GREEDY)
     assert real(out) == texts
     stats = lm.generation_stats
     assert 0 <= stats.accepted <= stats.proposed
     assert len([run for run in runs if run is not drafts.propose]) == stats.rounds
     rate = stats.acceptance_rate
     expected = {
-        # 39 tokens a row after its first, 5 a run.
-        "itself": stats == SpeculationStats(3 * (39 - 8), 3 * (39 - 8), 8),
-        "noisy": 0.3 < rate < 0.95 and stats.rounds < 30,
+        # 23 tokens a row after its first, 5 a run: 4 proposed and one of the model's own, and 3 at the end.
+        "equal": stats == SpeculationStats(3 * (4 * 4 + 3), 3 * (4 * 4 + 3), 5),
+        "noisy": 0.3 < rate < 0.95 and stats.rounds < 20,
         "bad": rate < 0.2,
-        "prompt_lookup": 0 < rate < 1 and stats.rounds <= 39,
+        "prompt_lookup": 0 < rate < 1 and stats.rounds <= 23,
     }
     assert expected[draft], stats
 
@@ -116,7 +138,7 @@ def test_stop_tokens_limits_and_logprobs(pair, models, oracle):
     lm, _ = pair
     rows, texts, logprobs = oracle
     stop = [texts[0][7 + 9], texts[1][1 + 4]]
-    for limits in ({"max_new_tokens": 13}, {"max_length": 20}, {"max_new_tokens": 1}):
+    for limits in ({"max_new_tokens": 13}, {"max_length": 20}, {"max_length": 12}, {"max_new_tokens": 1}):
         out, ours = lm.generate(
             as_dict(rows), **{**GREEDY, "stop_token_ids": stop}, return_logprobs=True, draft=models["noisy"], **limits
         )
@@ -136,7 +158,7 @@ def test_stream_gives_what_generate_gives(pair, models, oracle):
         streamed[row].append(token)
     assert streamed == [text[: len(row) + 15] for row, text in zip(rows, texts)]
     assert lm.generation_stats.accepted > 0
-    lm.generate(as_dict(rows), max_new_tokens=1, **GREEDY)
+    lm.generate(as_dict(rows[:1]), **GREEDY)
     assert lm.generation_stats is None
 
 
@@ -145,26 +167,6 @@ def test_prefix(pair, models):
     prefix, rows = prompts(13, seed=4)[0], prompts(3, 8, 5)
     out = lm.generate(as_dict(rows), prefix=lm.prefill(prefix), max_new_tokens=12, draft=models["noisy"], **GREEDY)
     assert real(out) == [naive_generate(model, prefix + row, 13 + len(row) + 12)[0] for row in rows]
-
-
-def test_biased_and_full_rows(pair, models, oracle):
-    lm, model = pair
-    rows = oracle[0]
-    banned = {int(i): -np.inf for i in range(0, 97, 2)}
-    samplers = [Sampler(temperature=0, logit_bias=banned), Sampler(temperature=0), Sampler(temperature=0)]
-    out = lm.generate(as_dict(rows), max_length=12, stop_token_ids=None, sampler=samplers, draft=models["noisy"])
-    text = list(rows[0])
-    while len(text) < 12:
-        text.append(int(np.argmax(hugging_face_logits(model, [text])[0, -1, 1::2]) * 2 + 1))
-    assert real(out) == [text, oracle[1][1][:12], rows[2]]
-
-
-def test_rings_need_slack(pair, models, oracle, monkeypatch):
-    """What is written ahead would overwrite keys that are needed again: without slack, the texts differ."""
-    lm, _ = pair
-    rows, texts, _ = oracle
-    monkeypatch.setattr(generate, "PROPOSED", 0)
-    assert real(lm.generate(as_dict(rows), max_new_tokens=40, draft=models["bad"], **GREEDY)) != texts
 
 
 # Drawn ------------------------------------------------------------------------------------------------------------------
@@ -202,8 +204,8 @@ def chi_square(counts, expected):
 @pytest.fixture(scope="module")
 def small():
     """A model of 11 tokens, transformers' of the same weights, and drafts that differ a lot."""
-    lm, model = loaded(vocab_size=11, num_hidden_layers=2)
-    return lm, model, {"itself": lm, "shaken": shaken(lm, 1.0), "prompt_lookup": "prompt_lookup"}
+    lm, model = loaded(vocab_size=11, num_hidden_layers=1)
+    return lm, model, {"shaken": shaken(lm, 1.0), "prompt_lookup": "prompt_lookup"}
 
 
 PROMPT = [3, 7, 1, 3, 7, 2, 3]
@@ -229,7 +231,7 @@ def test_drawn_pairs_have_the_models_distribution(small, draft, sampler, filtere
         expected += firsts[first] * exact_distribution(model, [*PROMPT, int(first)], filtered)
     # Five standard deviations: a chance of about one in ten thousand, given the statistic's skew.
     assert abs(chi_square(counts, expected)) < 5
-    assert 0.05 < lm.generation_stats.acceptance_rate < 0.95
+    assert 0.02 < lm.generation_stats.acceptance_rate < 0.95
 
 
 @pytest.mark.parametrize("certain", [False, True])
@@ -258,24 +260,71 @@ def test_acceptance_and_replacement_make_up_the_models_distribution(certain):
         assert (keras.ops.convert_to_numpy(accepted)[:, 0] == expected)[bound > 0].all()
 
 
-def test_draws_depend_on_a_rows_seed_alone(small):
-    """Not on the rows beside it, on their drafts' success, or on how the text is asked for; greedy rows stay greedy."""
+SAMPLERS = [
+    Sampler(top_k=7),
+    Sampler(temperature=1.2),
+    Sampler(temperature=1.3, top_p=0.9, logit_bias={4: -np.inf, 7: 0.5}),
+    Sampler(temperature=0, logit_bias={5: -np.inf}),
+]
+
+
+def test_draws_depend_on_a_rows_seed_alone(small, traces):
+    """Not on the rows beside it, on their drafts' success, or on how the text is asked for; greedy rows stay greedy.
+
+    And nothing is compiled anew over rounds, prompts, limits, seeds and the samplers' numbers.
+    """
     lm, model, models = small
+    traces.clear()
     rows, seeds = [PROMPT, [5, 1], PROMPT, PROMPT], [1, 2, 3, 4]
-    samplers = [Sampler(), Sampler(temperature=1.2), Sampler(temperature=1.3), Sampler(temperature=0)]
-    greedy = naive_generate(model, PROMPT, len(PROMPT) + 14)[0]
-    for draft in ("shaken", "prompt_lookup", "itself"):
-        arguments = {"max_new_tokens": 14, "stop_token_ids": None, "draft": models[draft]}
-        texts = real(lm.generate(as_dict(rows), seed=seeds, sampler=samplers, **arguments))
-        assert texts[3] == greedy and len(set(map(tuple, texts))) == 4
-        # Rounding alone makes the model differ from itself.
-        assert (lm.generation_stats.acceptance_rate > 0.98) == (draft == "itself")
+    greedy = list(PROMPT)
+    while len(greedy) < len(PROMPT) + 14:
+        logits = hugging_face_logits(model, [greedy])[0, -1]
+        logits[5] = -np.inf
+        greedy.append(int(logits.argmax()))
+    for draft in ("shaken", "prompt_lookup"):
+        arguments = {"stop_token_ids": None, "draft": models[draft]}
+        texts = real(lm.generate(as_dict(rows), max_new_tokens=14, seed=seeds, sampler=SAMPLERS, **arguments))
+        assert texts[3] == greedy and len(set(map(tuple, texts))) == 4 and 4 not in texts[2][len(PROMPT) :]
         other = [PROMPT, [1, 2, 3], PROMPT[:5], [5, 1]]
+        of_other = [SAMPLERS[0], SAMPLERS[3], SAMPLERS[2], SAMPLERS[1]]
         streamed = [list(row) for row in other]
-        of_other = [samplers[0], samplers[3], samplers[2], samplers[1]]
-        for row, token in lm.stream(as_dict(other), seed=[1, 8, 9, 2], sampler=of_other, **arguments):
+        for row, token in lm.stream(as_dict(other), max_new_tokens=11, seed=[1, 8, 9, 2], sampler=of_other, **arguments):
             streamed[row].append(token)
-        assert streamed[0] == texts[0] and streamed[3] == texts[1]
+        assert streamed[0] == texts[0][:-3] and streamed[3] == texts[1][:-3]
+    if keras.backend.backend() != "torch":  # which runs the functions themselves
+        assert sorted(traces) == ["propose", "verify", "verify"]  # with and without what proposals were drawn from
+
+
+def test_a_draft_whose_weights_are_not_numbers(small):
+    lm, _, models = small
+    scale = models["shaken"].backbone.layer_norm.scale
+    before = keras.ops.convert_to_numpy(scale).copy()
+    scale.assign(np.full(before.shape, np.nan, "float32"))
+    arguments = {"max_new_tokens": 14, "stop_token_ids": None, "seed": 1, "draft": models["shaken"]}
+    try:
+        for samplers in (SAMPLERS, SAMPLERS[::-1]):  # a row that draws comes first, and one that does not
+            with pytest.raises(FloatingPointError, match="draft's logits for row 0"):
+                lm.generate(as_dict([PROMPT] * 4), sampler=samplers, **arguments)
+    finally:
+        scale.assign(before)
+
+
+def test_stop_strings(tiny):
+    """They may stand in the midst of what one run gives."""
+    tokenizer = Gemma2Tokenizer(train_vocabulary())
+    config = {**tiny, "vocabulary_size": tokenizer.vocabulary_size(), "num_layers": 1}
+    lm = Gemma2CausalLM(Gemma2Backbone(**config), Gemma2CausalLMPreprocessor(tokenizer))
+    arguments = {"max_new_tokens": 30, "sampler": Sampler(temperature=9), "seed": 3, "stop_token_ids": None}
+    whole = lm.generate("so", strip_prompt=True, draft=lm, **arguments)
+    stops = [whole[i : i + 2] for i in range(5, len(whole) - 1) if whole[i : i + 2].isascii()][:3]
+    assert len(set(stops)) > 1
+    for stop in stops:
+        expected = whole[: whole.index(stop)]
+        assert lm.generate("so", strip_prompt=True, draft=lm, stop_strings=stop, **arguments) == expected
+        assert "".join(lm.stream("so", draft=lm, stop_strings=stop, **arguments)) == expected
+    ids = [token for _, token in lm.stream(as_dict([[2, 30]]), draft=lm, stop_strings=stop, **arguments)]
+    out = lm.generate(as_dict([[2, 30]]), draft=lm, stop_strings=stop, strip_prompt=True, **arguments)
+    assert ids == real(out)[0]
 
 
 # Proposals --------------------------------------------------------------------------------------------------------------
@@ -310,23 +359,6 @@ def test_prompt_lookup_finds_the_last_longest_match():
     assert found > 100
 
 
-def test_nothing_is_compiled_anew(pair, models, monkeypatch):
-    """Over rounds, prompts, limits, seeds and the numbers of a sampler: one trace each of the draft's and the model's function."""
-    lm, _ = pair
-    traced = []
-    for module, name in ((drafts, "propose"), (speculative, "verify")):
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, function=function, name=name: traced.append(name) or function(*a))
-    for draft in ("noisy", "prompt_lookup"):
-        for i, (new, sampler) in enumerate([(6, Sampler()), (7, Sampler(top_k=5)), (9, Sampler(temperature=0.5, top_p=0.7))]):
-            arguments = {"max_new_tokens": new, "sampler": sampler, "seed": i, "stop_token_ids": None}
-            lm.generate(as_dict(prompts(5 + i, 9, 2, seed=i)), draft=models[draft], **arguments)
-    if keras.backend.backend() == "torch":  # which runs the functions themselves
-        assert len(traced) > 6
-    else:
-        assert sorted(traced) == ["propose", "verify", "verify"]  # with and without what proposals were drawn from
-
-
 # Bad input --------------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +380,23 @@ def test_bad_drafts(pair, models):
             lm.stream(as_dict(prompts(3)), max_new_tokens=20, draft=draft, **GREEDY)
 
 
+def test_a_draft_with_another_tokenizer(tiny):
+    """Of the same size: two pieces have changed places. Other rules for spaces are no other vocabulary."""
+    other, spaces = (sentencepiece_model_pb2.ModelProto.FromString(train_vocabulary()) for _ in range(2))
+    size, last = len(other.pieces), other.pieces[-1].piece
+    other.pieces[-1].piece, other.pieces[-2].piece = other.pieces[-2].piece, last
+    spaces.normalizer_spec.add_dummy_prefix = not spaces.normalizer_spec.add_dummy_prefix
+    backbone = Gemma2Backbone(**{**tiny, "vocabulary_size": size, "num_layers": 1})
+
+    def with_vocabulary(proto):
+        return Gemma2CausalLM(backbone, Gemma2CausalLMPreprocessor(Gemma2Tokenizer(proto)))
+
+    lm = with_vocabulary(train_vocabulary())
+    with pytest.raises(ValueError, match=re.escape(f"whose token {size - 2} is {last!r}")):
+        lm.generate("so", max_new_tokens=2, draft=with_vocabulary(other.SerializeToString()))
+    drafts.check_draft(lm, with_vocabulary(spaces.SerializeToString()), [Sampler()], [9])
+
+
 @pytest.mark.parametrize(
     "sampler, message",
     [
@@ -361,15 +410,3 @@ def test_bad_drafts(pair, models):
 def test_samplers_that_do_not_go_with_drafts(pair, sampler, message):
     with pytest.raises(ValueError, match=message):
         pair[0].generate(as_dict(prompts(3)), max_length=8, stop_token_ids=None, sampler=sampler, draft="prompt_lookup")
-
-
-def test_weights_that_are_not_numbers(pair, models):
-    lm, _ = pair
-    broken = shaken(lm, 0.0)
-    broken.backbone.layer_norm.scale.assign(np.full(42, np.nan, "float32"))
-    for sampler in ("greedy", Sampler()):
-        arguments = {"max_length": 12, "stop_token_ids": None, "sampler": sampler}
-        with pytest.raises(FloatingPointError, match="draft's logits for row 1"):
-            lm.generate(as_dict(prompts(12, 4, 5)), draft=broken, **arguments)
-        with pytest.raises(FloatingPointError, match="model's logits"):
-            broken.generate(as_dict(prompts(4, 2, 3)), draft=lm, **arguments)

@@ -14,7 +14,7 @@ import keras_gemma2
 PACKAGE = Path(keras_gemma2.__file__).parent
 # Lower layers first; a module may import only from its own layer or lower ones.
 LAYERS = [
-    {"config", "errors", "folder_swap", "staging", "from_preset"},
+    {"config", "errors", "folder_swap", "staging", "from_preset", "quantization"},
     {"backend"},
     {"layers", "inputs", "text_inputs"},
     {"cache"},

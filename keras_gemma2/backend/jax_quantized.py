@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from keras_gemma2.backend.jax_blocks import blocked_product
 
 
+@functools.partial(jax.jit, static_argnames="mode")  # called eagerly, its loops would be compiled anew each time
 def product(x: jax.Array, codes: jax.Array, scales: jax.Array, mode: str) -> jax.Array:
     """`x [..., in]` times the quantized matrix transposed, in float32: `[..., out]`."""
     rows = x.reshape(-1, x.shape[-1])

@@ -10,10 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gemma2.backend import tensorflow_quantized
+from keras_gemma2.backend import tensorflow_blocks, tensorflow_quantized, tensorflow_words
 from keras_gemma2.backend.memory import gather_rows, untouched
-
-ELEMENTS_A_BLOCK = 1 << 19  # of a kernel widened at a time; it stays in cache
 
 
 def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) -> tf.Tensor:
@@ -25,42 +23,38 @@ def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) 
         dtype: what the kernel is used in.
         float32_output: whether to return the sums in float32.
     """
-    kernel = tf.convert_to_tensor(keras.ops.convert_to_tensor(kernel, dtype=dtype))  # Keras leaves a variable one
+    units, words = kernel.shape[0], tensorflow_words.words_of(kernel)
     # One large product of rows: a batched matmul with a shared right side would broadcast the kernel.
     rows = tf.reshape(x, (-1, kernel.shape[1]))
-    if kernel.dtype == tf.bfloat16 and not tf.config.list_logical_devices("GPU"):
-        out = _linear_in_blocks(rows, kernel)
+    if words is not None and dtype in ("float32", "bfloat16"):
+        out = tensorflow_blocks.product_in_blocks(rows, (words,), _widened_words)
     else:
-        out = tf.matmul(rows, kernel, transpose_b=True)
-    out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [kernel.shape[0]]], axis=0))
-    out.set_shape(x.shape[:-1].concatenate(kernel.shape[0]))
+        kernel = tf.convert_to_tensor(keras.ops.convert_to_tensor(kernel, dtype=dtype))  # Keras leaves a variable one
+        half = kernel.dtype in (tf.bfloat16, tf.float16) and not tf.config.list_logical_devices("GPU")
+        out = _linear_in_blocks(rows, kernel) if half else tf.matmul(rows, kernel, transpose_b=True)
+    out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [units]], axis=0))
+    out.set_shape(x.shape[:-1].concatenate(units))
     return tf.cast(out, tf.float32 if float32_output else x.dtype)
 
 
 @tf.custom_gradient
 def _linear_in_blocks(rows: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """The product in float32, a block of the bfloat16 kernel's rows at a time.
-
-    TensorFlow's own bfloat16 product on CPUs without such instructions is 20 times slower than its float32 product, and widening
-    the kernel as a whole would take twice its memory; so would recording the blocks for the gradient.
-    """
-    wide, step = tf.cast(rows, tf.float32), max(1, ELEMENTS_A_BLOCK // kernel.shape[1])
-    count = -(-kernel.shape[0] // step)
-
-    def add_block(i: tf.Tensor, products: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-        block = tf.cast(kernel[i * step : (i + 1) * step], tf.float32)
-        return i + 1, products.write(i, tf.matmul(block, wide, transpose_b=True))
-
-    products = tf.TensorArray(tf.float32, count, infer_shape=False, element_shape=(None, rows.shape[0]))
-    _, products = tf.while_loop(lambda i, _: i < count, add_block, (0, products), parallel_iterations=1)
-    out = tf.transpose(products.concat())
+    """The product in float32, a block of the half-precision kernel's rows at a time; differentiable in both."""
 
     def gradients(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        upstream = tf.cast(upstream, kernel.dtype)
-        to_rows = tf.matmul(upstream, kernel)
-        return tf.cast(to_rows, rows.dtype), tf.matmul(upstream, tf.cast(rows, kernel.dtype), transpose_a=True)
+        to_kernel = tf.matmul(upstream, tf.cast(rows, tf.float32), transpose_a=True)
+        to_rows = tensorflow_blocks.gradient_in_blocks(upstream, (kernel,), _widened)
+        return tf.cast(to_rows, rows.dtype), tf.cast(to_kernel, kernel.dtype)
 
-    return out, gradients
+    return tensorflow_blocks.product_in_blocks(rows, (kernel,), _widened), gradients
+
+
+def _widened(kernel: tf.Tensor) -> list[tf.Tensor]:
+    return [tf.cast(kernel, tf.float32)]
+
+
+def _widened_words(words: tf.Tensor) -> list[tf.Tensor]:
+    return [tensorflow_words.widened(words)]
 
 
 def quantized_linear(x: tf.Tensor, codes: Any, scales: Any, mode: str, float32_output: bool = False) -> tf.Tensor:
@@ -78,8 +72,9 @@ def quantized_linear(x: tf.Tensor, codes: Any, scales: Any, mode: str, float32_o
 
 
 def take_rows(table: Any, indices: tf.Tensor) -> tf.Tensor:
-    """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype."""
-    return keras.ops.take(table, indices, axis=0)
+    """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype or a wider one."""
+    words = tensorflow_words.words_of(table)
+    return keras.ops.take(table, indices, axis=0) if words is None else tensorflow_words.widened(tf.gather(words, indices))
 
 
 def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...], dtype: str) -> tf.Tensor:
@@ -138,10 +133,9 @@ def write_slots(cache: tf.Tensor, values: tf.Tensor, rows: tf.Tensor, slots: tf.
 
 def read_slots(cache: tf.Tensor, rows: tf.Tensor | None, start: Any, size: int) -> tf.Tensor:
     """Slots `start ... start + size` of `cache [B, K, S, H]`, of some rows `[b]` or of all: `[b, K, size, H]`."""
-    block = cache[:, :, start : start + size]
-    block = block if rows is None else tf.gather(block, rows)
-    block.set_shape((None, cache.shape[1], size, cache.shape[3]))
-    return block
+    # `tf.slice`, whose size is static: XLA cannot tell that `start : start + size` is as long wherever it starts.
+    block = tf.slice(cache, (0, 0, start, 0), (tf.shape(cache)[0], cache.shape[1], size, cache.shape[3]))
+    return block if rows is None else tf.gather(block, rows)
 
 
 def is_concrete(x: Any) -> bool:
@@ -155,6 +149,21 @@ def no_gradients() -> contextlib.AbstractContextManager:
 
 
 def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
-    """Compiles `function(donated, *args)` into a graph; one graph a set of argument shapes."""
-    del variables  # captured by the graph
-    return tf.function(function, autograph=False)
+    """Compiles `function(donated, *args)` with XLA, once a set of argument shapes.
+
+    TensorFlow's own executor would copy a cache in each step of a loop that writes to it, and its product of a few rows is
+    four times slower.
+    """
+    kept = tensorflow_words.kept_as_words(variables)  # the others are captured by the graph
+
+    def with_words(words: list[tf.Tensor], donated: Any, *args: Any) -> Any:
+        with tensorflow_words.words_scope(kept, words):
+            return function(donated, *args)
+
+    compiled = tf.function(with_words, autograph=False, jit_compile=True)
+
+    def call(donated: Any, *args: Any) -> Any:
+        # Made outside of what XLA compiles: there it would not stop XLA from widening the variable as a whole.
+        return compiled([tensorflow_words.as_words(variable) for variable in kept], donated, *args)
+
+    return tf.function(call, autograph=False)

@@ -20,12 +20,17 @@ def product(x: tf.Tensor, codes: tf.Tensor, scales: tf.Tensor, mode: str) -> tf.
     return out
 
 
-def _widened_int8(codes: tf.Tensor) -> tf.Tensor:
-    return tf.cast(codes, tf.float32)
+def _widened_int8(codes: tf.Tensor) -> list[tf.Tensor]:
+    return [tf.cast(codes, tf.float32)]
 
 
-def _widened_int4(codes: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
-    """float32 `[rows, in]`; the scales of the left half of the columns come first."""
-    halves = tf.stack([codes & 15, tf.bitwise.right_shift(codes, tf.constant(4, tf.uint8))], axis=1)
-    groups = tf.reshape(tf.cast(halves, tf.float32) - 8.0, (-1, scales.shape[1], 2 * codes.shape[1] // scales.shape[1]))
-    return tf.reshape(groups * scales[:, :, None], (-1, 2 * codes.shape[1]))
+def _widened_int4(codes: tf.Tensor, scales: tf.Tensor) -> list[tf.Tensor]:
+    """The left half of the columns and the right half, `[rows, in / 2]` each; the scales of the left half come first."""
+    columns, groups = codes.shape[1], scales.shape[1] // 2
+
+    def scaled(nibbles: tf.Tensor, scales: tf.Tensor) -> tf.Tensor:
+        weights = tf.reshape(tf.cast(nibbles, tf.float32) - 8.0, (-1, groups, columns // groups))
+        return tf.reshape(weights * scales[:, :, None], (-1, columns))
+
+    high = tf.bitwise.right_shift(codes, tf.constant(4, tf.uint8))
+    return [scaled(tf.bitwise.bitwise_and(codes, tf.constant(15, tf.uint8)), scales[:, :groups]), scaled(high, scales[:, groups:])]

@@ -10,9 +10,10 @@ import keras
 import ml_dtypes
 import numpy as np
 import torch
+from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.torch.core import get_device, to_torch_dtype
 
-from keras_gemma2.backend import torch_quantized
+from keras_gemma2.backend import torch_packed, torch_products, torch_quantized
 from keras_gemma2.backend.memory import gather_rows
 
 
@@ -23,10 +24,12 @@ def linear(x: torch.Tensor, kernel: Any, dtype: str, float32_output: bool = Fals
         x: the rows.
         kernel: a variable or a tensor.
         dtype: what the kernel is used in.
-        float32_output: whether to return the sums in float32.
+        float32_output: whether to return float32. Where PyTorch sums in float32 but gives x's dtype (GPUs, and one row in bfloat16
+            on CPU), the sums were rounded to it.
     """
-    out = torch.nn.functional.linear(x, keras.ops.convert_to_tensor(kernel, dtype=dtype))
-    return out.float() if float32_output else out
+    with AutocastScope(None):  # which would round a float32 kernel as a whole
+        kernel = keras.ops.convert_to_tensor(kernel)
+    return torch_products.product(x, kernel, to_torch_dtype(dtype), float32_output)
 
 
 def quantized_linear(x: torch.Tensor, codes: Any, scales: Any, mode: str, float32_output: bool = False) -> torch.Tensor:
@@ -39,12 +42,15 @@ def quantized_linear(x: torch.Tensor, codes: Any, scales: Any, mode: str, float3
         mode: "int8" or "int4".
         float32_output: whether to return the sums in float32.
     """
-    out = torch_quantized.product(x, keras.ops.convert_to_tensor(codes), keras.ops.convert_to_tensor(scales), mode)
+    codes, scales = (v.value if isinstance(v, keras.Variable) else keras.ops.convert_to_tensor(v) for v in (codes, scales))
+    out = torch_quantized.product(x, codes, scales, mode)
     return out if float32_output else out.to(x.dtype)
 
 
 def take_rows(table: Any, indices: torch.Tensor) -> torch.Tensor:
     """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype."""
+    if isinstance(table, keras.Variable) and not torch.compiler.is_compiling():
+        torch_packed.keep_plain(table.value)
     return keras.ops.take(table, indices, axis=0)
 
 

@@ -1,7 +1,8 @@
 """Products with quantized weights on PyTorch.
 
-The weights are dequantized a block of rows at a time, so that a block stays in cache and beside the codes nothing of the weights'
-size is ever in memory, in the backward pass neither.
+On CPU, products with a few rows run on a packed form of the codes (torch_packed.py). Everywhere else weights are
+widened a block of rows at a time, so that a block stays in cache and beside the codes nothing of the weights' size is ever in
+memory, in the backward pass neither.
 """
 
 from __future__ import annotations
@@ -10,25 +11,41 @@ from typing import Any
 
 import torch
 
-ELEMENTS_A_BLOCK = 1 << 19  # 2 MiB of float32
+from keras_gemma2.backend.torch_int4 import widened_int4
+from keras_gemma2.backend.torch_packed import packed_codes, plain
+from keras_gemma2.backend.torch_products import float32_product, row_blocks
 
 
 def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mode: str) -> torch.Tensor:
     """`x [..., in]` times the quantized matrix transposed, in float32: `[..., out]`."""
     rows = x.reshape(-1, x.shape[-1]).float()
-    return _Product.apply(rows, codes, scales, mode).reshape(*x.shape[:-1], codes.shape[0])
+    out = _packed_product(rows, codes, scales, mode)
+    if out is None:
+        # Another tensor of the same memory, which stays whole if another thread packs the parameter meanwhile.
+        out = _Widened.apply(rows, plain(codes).detach(), scales, mode)
+    return out.reshape(*x.shape[:-1], codes.shape[0])
 
 
-class _Product(torch.autograd.Function):
-    """The product in float32; its gradient dequantizes again instead of keeping a wide copy of the weights."""
+def _packed_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mode: str) -> torch.Tensor | None:
+    """The product on packed codes; None where there are none, or where autograd is to record it."""
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or not rows.shape[0]:
+        return None
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return None
+    packed = packed_codes(codes, scales, mode, rows.shape[0])
+    return None if packed is None else packed.product(rows, scales)
+
+
+class _Widened(torch.autograd.Function):
+    """The product in float32; its gradient widens again instead of keeping a wide copy of the weights."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mode: str) -> torch.Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.mode = mode
         out = rows.new_empty(rows.shape[0], codes.shape[0])
-        for block in _blocks(codes.shape[0], rows.shape[1]):
-            out[:, block] = rows @ dequantized(codes[block], scales[block], mode).T
+        for block in row_blocks(codes.shape[0], rows.shape[1]):
+            out[:, block] = _product(rows, dequantized(codes[block], scales[block], mode))
         return out
 
     @staticmethod
@@ -36,20 +53,19 @@ class _Product(torch.autograd.Function):
         codes, scales = ctx.saved_tensors
         width = codes.shape[1] * (2 if ctx.mode == "int4" else 1)
         out = gradient.new_zeros(gradient.shape[0], width)
-        for block in _blocks(codes.shape[0], width):
+        for block in row_blocks(codes.shape[0], width):
             out.addmm_(gradient[:, block], dequantized(codes[block], scales[block], ctx.mode))
         return out, None, None, None
+
+
+def _product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or not rows.shape[0]:
+        return torch.nn.functional.linear(rows, weights)
+    return float32_product(rows, weights)
 
 
 def dequantized(codes: torch.Tensor, scales: torch.Tensor, mode: str) -> torch.Tensor:
     """Rows of a quantized matrix in float32."""
     if mode == "int8":
         return codes.float() * scales
-    halves = torch.cat([codes & 15, codes >> 4], dim=1).float() - 8
-    return (halves.reshape(*scales.shape, -1) * scales[:, :, None]).reshape(halves.shape)
-
-
-def _blocks(rows: int, width: int) -> list[slice]:
-    """The row blocks of a matrix."""
-    step = max(1, ELEMENTS_A_BLOCK // max(width, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return widened_int4(codes, scales)

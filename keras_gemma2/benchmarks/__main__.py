@@ -1,10 +1,10 @@
-"""The program `python -m keras_gemma2.benchmarks build | load | generate`."""
+"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize`."""
 
 from __future__ import annotations
 
 import argparse
 
-from keras_gemma2.benchmarks import build, generate, load
+from keras_gemma2.benchmarks import build, generate, load, quantize
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     build.add_command(commands)
     load.add_command(commands)
     generate.add_command(commands)
+    quantize.add_command(commands)
     options = parser.parse_args()
     options.run(options)
 

@@ -30,6 +30,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default: all three")
     parser.add_argument("--layers", type=int, default=4, help="26 is the whole 2B (default: %(default)s)")
     parser.add_argument("--dtype", help="load in another dtype than the stored bfloat16")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="ours quantizes while it loads")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure the peers too")
     parser.add_argument("--export", action="store_true", help="ours also writes a Hugging Face folder, for the last column")
     parser.add_argument("--folder", help="keep the random checkpoint here, or use the one that is here")
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
         write_random_folder(options.folder, options.layers)
         print("{}")
     elif options.child:
-        print(json.dumps(measure(options.child, options.folder, options.dtype, options.export)))
+        print(json.dumps(measure(options.child, options.folder, options.dtype, options.export, options.quantize)))
     else:
         with _checkpoint(options) as folder:
             _warm(folder)
@@ -59,6 +60,7 @@ def _print_table(options: argparse.Namespace, folder: str) -> None:
         peers = [who for who in LOADERS[1:] if who == "keras_hub" or backend == "torch"]
         for who in ("ours", *(peers if options.peer else ())):
             extra = [*(["--dtype", options.dtype] if options.dtype else []), *(["--export"] if options.export else [])]
+            extra += ["--quantize", options.quantize] if options.quantize else []
             row = in_fresh_process("load", backend, "--child", who, "--folder", folder, *extra)
             first = f"{row['first_token']:.1f}" if row["first_token"] else ""
             print(
@@ -118,7 +120,7 @@ def write_random_folder(folder: str, layers: int, widths: Mapping[str, int] = WI
     hf_writer.write_folder(folder, weights, None, (), "5GB", None)
 
 
-def measure(who: str, folder: str, dtype: str | None, export: bool = False) -> dict[str, float]:
+def measure(who: str, folder: str, dtype: str | None, export: bool = False, quantize: str | None = None) -> dict[str, float]:
     """Loads the folder in this process; ours then generates a token, and exports if asked to.
 
     Returns:
@@ -128,7 +130,7 @@ def measure(who: str, folder: str, dtype: str | None, export: bool = False) -> d
     """
     load = {"ours": _ours, "keras_hub": _keras_hub, "transformers": _transformers}[who]()
     before, start = resident_bytes(), time.perf_counter()
-    model = load(folder, dtype)
+    model = load(folder, dtype, quantize) if who == "ours" else load(folder, dtype)
     seconds, peak = time.perf_counter() - start, peak_bytes() - before
     first_token = _first_token(model) if who == "ours" else 0.0
     if who == "ours" and export:
@@ -144,7 +146,7 @@ def _first_token(lm: Any) -> float:
     return time.perf_counter() - start
 
 
-def _ours() -> Callable[[str, str | None], Any]:
+def _ours() -> Callable[..., Any]:
     import keras
 
     from keras_gemma2 import Gemma2CausalLM
@@ -153,7 +155,7 @@ def _ours() -> Callable[[str, str | None], Any]:
 
     keras.ops.zeros(1)  # the backend's own start-up belongs to the imports, and so does what from_preset imports on first use
     del hf, safetensors_file, weight_map, load
-    return lambda folder, dtype: Gemma2CausalLM.from_preset(folder, dtype=dtype, preprocessor=None)
+    return lambda folder, dtype, quantize: Gemma2CausalLM.from_preset(folder, dtype=dtype, quantize=quantize, preprocessor=None)
 
 
 def _keras_hub() -> Callable[[str, str | None], Any]:

@@ -24,7 +24,7 @@ class Answers:
         samplers, _ = read_sampler(lm, sampler, seed, 1, 0)
         if not isinstance(samplers, list):
             raise ValueError(
-                "`sampler` must be a keras_gemma2.Sampler or 'greedy' for a chat: keras-hub's samplers have no state to go on from. "
+                "`sampler` must be a keras_gemma2.Sampler or 'greedy' for a chat; keras-hub's run one call at a time. "
                 f"Received: {type(samplers).__name__}."
             )
         self.lm, self.tokenizer = lm, lm.preprocessor.tokenizer

@@ -64,9 +64,9 @@ class Generates(Chats):
                 seed and its positions only. None draws seeds from numpy's global generator.
             return_logprobs: whether to return log-probabilities too.
             prefix: from `prefill`: a text that the inputs continue.
-            draft: a smaller model of the same vocabulary, or "prompt_lookup", which proposes what followed the last tokens earlier in the
-                text. Where it proposes well, the model runs once for several tokens. Greedy texts stay the same, up to ties that
-                rounding decides; drawn ones stay distributed the same, and are others than without a draft. For samplers
+            draft: a smaller model of the same vocabulary, or "prompt_lookup", which proposes what followed the last tokens earlier
+                in the text. Where it proposes well, the model runs once for several tokens. Greedy texts stay the same, up to ties
+                that rounding decides; drawn ones stay distributed the same, and are others than without a draft. For samplers
                 without penalties and logits processors. `generation_stats` then says how well it did.
 
         Returns:

@@ -183,4 +183,6 @@ def _read_saved(path: str) -> tuple[str, list[dict[str, str]]]:
         raise ValueError(f"{path} must be a conversation that `Chat.save` wrote. {error}") from error
     if len(turns) % 2:
         raise ValueError(f"{path} must be a conversation that `Chat.save` wrote: it ends with a message that has no answer.")
-    return system, [{"role": turn.role, "content": turn.text} for turn in turns]
+    # As they were written; what the model reads is stripped later.
+    contents = [m["content"] if isinstance(m["content"], str) else turn.text for m, turn in zip(messages, turns)]
+    return system, [{"role": turn.role, "content": content} for turn, content in zip(turns, contents)]

@@ -194,23 +194,24 @@ def check_draft(lm: Any, draft: Any, sampler: Any, limits: Sequence[int]) -> Non
         context = draft.backbone.config.max_sequence_length
         if max(limits) > context:
             raise ValueError(
-                f"`draft` must have room for as many tokens as the model may write. Received: a draft with a context of {context} tokens "
-                f"for rows of up to {max(limits)}. Lower `max_length` or `max_new_tokens`, or use draft='prompt_lookup'."
+                f"`draft` must have room for as many tokens as the model may write. Received: a draft with a context of {context} "
+                f"tokens for rows of up to {max(limits)}. Lower `max_length` or `max_new_tokens`, or use draft='prompt_lookup'."
             )
 
 
 def _check_samplers(sampler: Any) -> None:
     if not isinstance(sampler, list):
         raise ValueError(
-            f"`sampler` must be a keras_gemma2.Sampler or 'greedy' with a `draft`. Received: {type(sampler).__name__}, which does not "
-            "tell its probabilities."
+            f"`sampler` must be a keras_gemma2.Sampler or 'greedy' with a `draft`. Received: {type(sampler).__name__}, which does "
+            "not tell its probabilities."
         )
     for one in sampler:
         used = [name for name, neutral in _REFUSED.items() if getattr(one, name) != neutral]
         if used:
             raise ValueError(
-                f"`sampler` must have no {' and no '.join(used)} with a `draft`, since each token would change what the next proposals are "
-                f"judged by. Received: {one!r}. Leave it out, or the draft; logit_bias, temperature, top_k, top_p and min_p go with drafts."
+                f"`sampler` must have no {' and no '.join(used)} with a `draft`, since each token would change what the next "
+                f"proposals are judged by. Received: {one!r}. Leave it out, or the draft; logit_bias, temperature, top_k, top_p "
+                "and min_p go with drafts."
             )
 
 
@@ -221,8 +222,8 @@ def _check_vocabulary(lm: Any, draft: Any) -> None:
     size, own = draft.backbone.config.vocabulary_size, lm.backbone.config.vocabulary_size
     if size != own:
         raise ValueError(
-            f"`draft` must have the model's vocabulary. Received: a draft with {size} tokens for a model with {own}. Use a smaller model of "
-            "the same family, or draft='prompt_lookup'."
+            f"`draft` must have the model's vocabulary. Received: a draft with {size} tokens for a model with {own}. Use a smaller "
+            "model of the same family, or draft='prompt_lookup'."
         )
     if draft.preprocessor is None or lm.preprocessor is None:
         return
@@ -233,6 +234,6 @@ def _check_vocabulary(lm: Any, draft: Any) -> None:
     other = next(((i, a, b) for i, (a, b) in enumerate(pieces) if a != b), None)
     if other is not None:
         raise ValueError(
-            f"`draft` must have the model's vocabulary. Received: a draft whose token {other[0]} is {other[1]!r}, and {other[2]!r} in the "
-            "model. Use a model with the same tokenizer, or draft='prompt_lookup'."
+            f"`draft` must have the model's vocabulary. Received: a draft whose token {other[0]} is {other[1]!r}, and "
+            f"{other[2]!r} in the model. Use a model with the same tokenizer, or draft='prompt_lookup'."
         )

@@ -24,8 +24,9 @@ def most_likely(logits: Any) -> Any:
 
     In two levels, as `draw`: an `argmax` over the whole is several times slower than a maximum.
     """
-    blocks = _blocks(logits, -np.inf)
-    largest = ops.max(blocks, axis=-1)
+    blocks = blocks_of(logits, -np.inf)
+    # A maximum may pass over NaN (XLA's does on CPU); a sum does not.
+    largest = ops.where(ops.isnan(ops.sum(blocks, axis=-1)), np.float32(np.inf), ops.max(blocks, axis=-1))
     peak = ops.max(largest, axis=-1, keepdims=True)
     block = _first(largest == peak)
     inside, _ = _take_block(blocks, block)
@@ -46,7 +47,7 @@ def draw(probabilities: Any, uniforms: Any) -> Any:
     In two levels, the block and then the token in the block: a running float32 sum over a whole large vocabulary would be slow, and
     would round small probabilities away.
     """
-    blocks = _blocks(probabilities, 0.0)
+    blocks = blocks_of(probabilities, 0.0)
     sums = ops.sum(blocks, axis=-1)
     running = ops.cumsum(sums, axis=-1)
     total = running[:, -1]
@@ -66,7 +67,7 @@ def _width(size: int) -> int:
     return largest if largest > root // 4 else root
 
 
-def _blocks(x: Any, filling: float) -> Any:
+def blocks_of(x: Any, filling: float) -> Any:
     """`[B, V]` as `[B, blocks, width]`, filled up where no width divides V."""
     size = x.shape[-1]
     width = _width(size)

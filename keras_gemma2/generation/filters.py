@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_gemma2.generation.drawing import blocks_of
+
 IN_PROMPT, GENERATED = 1, 2  # bits of the marks
 # exp(-104) is 0 in float32, denormals included: logits this many temperatures under the largest have no probability.
 LOWEST_EXPONENT = 104.0
@@ -65,7 +67,10 @@ def warped(arrays: Mapping[str, Any], logits: Any) -> Any:
     Tokens that tie with the last one kept by top-k or top-p are kept too. (transformers agrees for top-k; its top-p keeps as many
     of them as its sort puts first.)
     """
-    peak, temperature = ops.max(logits, axis=-1, keepdims=True), arrays["temperature"][:, None]
+    size = logits.shape[-1]
+    logits = blocks_of(logits, -np.inf)
+    peak = ops.max(logits, axis=(1, 2), keepdims=True)
+    temperature, top_k, top_p, min_p = (arrays[name][:, None, None] for name in ("temperature", "top_k", "top_p", "min_p"))
 
     def weight_at(value: Any) -> Any:
         return ops.exp((value - peak) / temperature)
@@ -74,20 +79,29 @@ def warped(arrays: Mapping[str, Any], logits: Any) -> Any:
         # At the lowest temperatures at least a few floats under the largest logit.
         reach = ops.maximum(LOWEST_EXPONENT * temperature, ops.abs(peak) * 1e-6 + 1e-30)
         lowest = ops.maximum(peak - reach, LOWEST)
-        floor = _floor(logits, None, ops.ones_like, arrays["top_k"][:, None], lowest, peak)
+        floor = _floor(logits, None, ops.ones_like, top_k, lowest, peak)
         # top_p is a share of what top-k has left.
-        total = ops.sum(_over(logits, floor) * weights, axis=-1, keepdims=True)
-        floor = _floor(logits, weights, weight_at, arrays["top_p"][:, None] * total, floor, peak)
+        target = top_p * _sum(_over(logits, floor) * weights)
+        floor = _floor(logits, weights, weight_at, target, floor, peak)
         kept = _over(logits, floor) * weights
-        return kept * (1.0 - _over(arrays["min_p"][:, None], kept))
+        return kept * (1.0 - _over(min_p, kept))
 
     weights = weight_at(logits)
-    is_filtered = ops.isfinite(arrays["top_k"]) | ops.isfinite(arrays["top_p"]) | (arrays["min_p"] > 0)
-    return ops.cond(ops.any(is_filtered), filtered, lambda: weights)
+    is_filtered = ops.isfinite(top_k) | ops.isfinite(top_p) | (min_p > 0)
+    weights = ops.cond(ops.any(is_filtered), filtered, lambda: weights)
+    return ops.reshape(weights, (-1, weights.shape[1] * weights.shape[2]))[:, :size]
+
+
+def _sum(blocks: Any) -> Any:
+    """Sums of rows `[B, blocks, width]`: `[B, 1, 1]`.
+
+    In two steps: XLA turns the sum of a product into a scalar product, whose single running sum of 256,000 terms is off by 5e-5.
+    """
+    return ops.sum(ops.sum(blocks, axis=2, keepdims=True), axis=1, keepdims=True)
 
 
 def _over(values: Any, bound: Any) -> Any:
-    """1.0 where `values` are over `bound`, else 0.0; float32.
+    """1.0 where `values` are over `bound`, else 0.0.
 
     In float arithmetic: on CPU, torch and TensorFlow take several times as long for comparisons and `where`.
     """
@@ -95,15 +109,15 @@ def _over(values: Any, bound: Any) -> Any:
 
 
 def _floor(logits: Any, weights: Any, weight_at: Callable[[Any], Any], target: Any, low: Any, high: Any) -> Any:
-    """A value `[B, 1]` that is under the fewest largest logits weighing at least `target`, and not under the others.
+    """A value `[B, 1, 1]` that is under the fewest largest logits weighing at least `target`, and not under the others.
 
     Args:
-        logits: `[B, V]`.
-        weights: of the logits, `[B, V]`; None counts them.
+        logits: `[B, blocks, width]`.
+        weights: of the logits; None counts them.
         weight_at: what a logit weighs at least that is larger than the value given.
-        target: `[B, 1]`; +inf switches a row off, which then gets `low`. So does a row whose logits all weigh less.
-        low: `[B, 1]`, under all logits that may be kept.
-        high: `[B, 1]`, the largest logit.
+        target: `[B, 1, 1]`; +inf switches a row off, which then gets `low`. So does a row whose logits all weigh less.
+        low: `[B, 1, 1]`, under all logits that may be kept.
+        high: `[B, 1, 1]`, the largest logit.
 
     Bisection instead of sorting: what lies over `low` weighs at least the target, what lies over `high` less. It ends as soon as
     no logit over `low` can be spared, as a rule after some 15 steps, or when no float is left between. One step reads the
@@ -113,7 +127,7 @@ def _floor(logits: Any, weights: Any, weight_at: Callable[[Any], Any], target: A
     def step(middle: Callable[[Any, Any], Any], low: Any, high: Any, is_open: Any, is_first: Any) -> tuple[Any, ...]:
         value = ops.where(is_first, low, middle(low, high))  # is `low` low enough at all?
         mask = _over(logits, value)
-        weight = ops.sum(mask if weights is None else mask * weights, axis=-1, keepdims=True)
+        weight = _sum(mask if weights is None else mask * weights)
         is_enough, none_to_spare = weight >= target, weight - weight_at(value) < target
         between = ops.logical_and(value > low, value < high)
         is_needed = ops.where(is_first, is_enough, between)

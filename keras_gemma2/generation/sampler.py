@@ -196,7 +196,7 @@ def choose_on_host(plan: Plan, token_ids: Sequence[Any], marks: Any, logits: Any
     for row, processor in enumerate(plan.processors):
         is_usable = np.isfinite(np.max(changed[row]))  # NaN if there is any
         if processor is not None and is_usable:
-            changed[row] = _run(processor, np.array(token_ids[row], "int64"), changed[row].copy())
+            changed[row] = _run(processor, np.array(token_ids[row], "int64"), changed[row])
     tokens, marks = after((), arrays, marks, ops.convert_to_tensor(changed), uniforms)
     return ops.convert_to_numpy(tokens), marks
 

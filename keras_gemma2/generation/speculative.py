@@ -1,8 +1,8 @@
 """Speculative decoding: a draft proposes tokens, and the model judges several in one run.
 
-Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", arXiv 2211.17192: a token d that was drawn from
-q is accepted with probability min(1, p(d) / q(d)), and else a token drawn from max(p - q, 0) takes its place; what comes out is
-distributed as p. For greedy rows p is 1 at one token, and the text is the one that the model would write alone.
+Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding", arXiv 2211.17192: a token d that was
+drawn from q is accepted with probability min(1, p(d) / q(d)), and else a token drawn from max(p - q, 0) takes its place; what comes
+out is distributed as p. For greedy rows p is 1 at one token, and the text is the one that the model would write alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keras import ops
 from keras_gemma2.cache import Cache, Tokens
 from keras_gemma2.generation.decode import CLOSED, NOT_A_NUMBER, extend
 from keras_gemma2.generation.decoding import Decoding
-from keras_gemma2.generation.drafts import PROPOSED, DraftModel, Proposals, PromptLookup
+from keras_gemma2.generation.drafts import PROPOSED, DraftModel, PromptLookup, Proposals
 from keras_gemma2.generation.drawing import draw, log_probability, most_likely, uniforms
 from keras_gemma2.generation.filters import penalized
 from keras_gemma2.generation.sampler import probabilities
@@ -47,6 +47,10 @@ class SpeculationStats:
         """`accepted / proposed`; 0.0 where nothing was proposed."""
         return self.accepted / self.proposed if self.proposed else 0.0
 
+    def __str__(self) -> str:
+        share = f"{self.accepted} of {self.proposed} proposed tokens accepted ({self.acceptance_rate:.0%})"
+        return f"{share}, in {self.rounds} runs of the model"
+
     def __add__(self, other: SpeculationStats) -> SpeculationStats:
         return SpeculationStats(self.proposed + other.proposed, self.accepted + other.accepted, self.rounds + other.rounds)
 
@@ -73,16 +77,16 @@ class SpeculativeDecoding(Decoding):
         if self._hidden is not None:
             return super()._choose(steps)
         lengths = np.array([len(row) for row in self.rows], "int32")
-        # A run gives one token more than are accepted, so that the last place is never proposed for.
-        most = np.where(self.open_rows, np.clip(self._choosing.limits - lengths - 1, 0, PROPOSED), 0)
-        proposals = self._draft.propose(self.rows, most, self.seeds) if most.any() else None
-        if proposals is None or not proposals.counts.any():
+        # The last place is proposed for too, though a run gives one token more than it accepts: no token depends on the limit.
+        most = np.where(self.open_rows, np.clip(self._choosing.limits - lengths, 0, PROPOSED), 0)
+        proposals = self._draft.propose(self.rows, most, self.seeds)
+        if not proposals.counts.any():
             self.stats += SpeculationStats(rounds=1)
             return super()._choose(1)
         tokens, logprobs, accepted = self._verify(lengths, proposals)
         self._draft.learn(accepted)
         self.stats += SpeculationStats(int(proposals.counts.sum()), int(accepted.sum()), 1)
-        return self._until_stop(tokens, lengths), logprobs
+        return self._until_end(tokens, lengths), logprobs
 
     def _uniforms(self, positions: np.ndarray) -> np.ndarray:
         # A row that had no proposal must not notice whether another one had.
@@ -105,12 +109,15 @@ class SpeculativeDecoding(Decoding):
         unusable = (tokens < 0) & (np.arange(PROPOSED)[None] < counts[:, None])
         if unusable.any():
             raise FloatingPointError(
-                f"The draft's logits for row {int(np.argwhere(unusable)[0][0])} of the inputs are not numbers (NaN or infinite). Its weights "
-                "hold such numbers, or its activations overflowed: check its checkpoint with `keras-gemma2 verify`, or leave `draft` out."
+                f"The draft's logits for row {int(np.argwhere(unusable)[0][0])} of the inputs are not numbers (NaN or infinite). "
+                "Its weights hold such numbers, or its activations overflowed: check its checkpoint with `keras-gemma2 verify`, or "
+                "leave `draft` out."
             )
 
-    def _until_stop(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The tokens, nothing after a row's first stop token; updates which rows are open."""
+    def _until_end(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The tokens, none after a row's first stop token or its limit; updates which rows are open."""
+        places = lengths[:, None] + np.arange(tokens.shape[1])
+        tokens = np.where(places < self._choosing.limits[:, None], tokens, CLOSED)
         stops = (tokens[:, :, None] == self._choosing.stop_token_ids[:, None, :]).any(axis=-1) & (tokens != CLOSED)
         tokens = np.where(np.cumsum(stops, axis=1) - stops > 0, CLOSED, tokens)
         full = lengths + (tokens != CLOSED).sum(axis=1) >= self._choosing.limits
@@ -190,7 +197,7 @@ def _is_accepted(shares: Any, proposed: Any, chances: Any, accepting: Any) -> An
 
 
 def _rest(shares: Any, token: Any, chances: Any, is_replaced: Any) -> Any:
-    """What the token after the accepted ones is drawn from, `[B, V]`, not normalized: p, or max(p - q, 0) in place of a proposal."""
+    """Weights `[B, V]` of the token after the accepted ones: p, or max(p - q, 0) in place of a proposal."""
     if chances is None:
         chances = ops.cast(ops.arange(shares.shape[-1], dtype="int32")[None] == token[:, None], "float32")
     rest = ops.where(is_replaced[:, None], ops.maximum(shares - chances, 0.0), shares)

@@ -184,7 +184,7 @@ class MatrixLayer(keras.layers.Layer):
         blocks = backend.numpy_row_blocks(floats.value, _rows_a_block(self.matrix_shape))
         values = _FirstValues(blocks, mode, self.variable_dtype)
         codes = values.codes(codes_shape(self.matrix_shape, mode), CODES_DTYPES[mode])
-        delattr(self, self.matrix_name)
+        self._untrack_variable(floats)  # `del` would do so, too, and collect garbage each time, half a second a layer
         backend.release(floats)
         self._add_codes(mode, values, lambda shape, dtype=None: codes)
         mark_as_quantized(self, mode)

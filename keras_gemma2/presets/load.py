@@ -104,8 +104,8 @@ def _policy(dtype: Any, mode: str | None, source: Source) -> Any:
     before = keras.dtype_policies.get(dtype)
     if before.quantization_mode not in (None, mode):
         raise ValueError(
-            f"`quantize` is {mode!r}, but {source.name!r} or `dtype` is {before.name!r} already. To quantize what its codes stand for "
-            f"another time, which loses more, pass dtype={float_policy(dtype).name!r}, too."
+            f"`quantize` is {mode!r}, but {source.name!r} or `dtype` is {before.name!r} already. To quantize what its codes stand "
+            f"for another time, which loses more, pass dtype={float_policy(dtype).name!r}, too."
         )
     return quantized_policy(dtype, mode)
 

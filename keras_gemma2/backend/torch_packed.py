@@ -1,0 +1,108 @@
+"""Parameters of codes on CPU, kept in the order in which PyTorch's fast products of a few rows read them.
+
+Those products read weights several times faster than what PyTorch offers for plain rows. So that the weights are not in memory
+twice, a packed parameter gives its own memory up; whatever reads it as a tensor, to save it for example, finds it unpacked, for
+good, and the next product packs it again. Only a table that rows are taken of, too, stays plain beside its packed form.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+
+from keras_gemma2.backend import torch_int4, torch_int8
+
+MIN_ELEMENTS = 1 << 13  # smaller matrices are left alone
+FORMS = {"int8": (torch_int8.PackedInt8, torch_int8.FEW_ROWS), "int4": (torch_int4.PackedInt4, torch_int4.FEW_ROWS)}
+_LOCK = threading.Lock()
+
+
+class PackedCodes(torch.nn.Parameter):
+    """A parameter whose memory is its `packed` form only; it turns back into a plain one when it is read as a tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func not in _about_no_values():
+            for tensor in (*args, *(kwargs or {}).values()):
+                for each in tensor if isinstance(tensor, (list, tuple)) else (tensor,):
+                    plain(each)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict) -> torch.nn.Parameter:
+        return plain(self).__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return plain(self).__reduce_ex__(protocol)
+
+
+def packed_codes(codes: torch.Tensor, scales: torch.Tensor, mode: str, count: int) -> Any:
+    """The packed form of a parameter, made at its first product with `count` few rows; None if it has none."""
+    if type(codes) is PackedCodes:
+        return codes.__dict__.get("packed")
+    if type(codes) is not torch.nn.Parameter:
+        return None
+    found = codes.__dict__.get("packed")
+    if found is not None and codes.packed_from == _state(codes):
+        return found
+    form, few = FORMS[mode]
+    if count > few or codes.numel() < MIN_ELEMENTS or not _is_ordinary(codes) or not _is_ordinary(scales):
+        return None
+    if not form.takes(codes, scales):
+        return None
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        if type(codes) is torch.nn.Parameter:
+            _pack(codes, form)
+    return codes.__dict__.get("packed")
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 2 and tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_inference()
+
+
+def _pack(codes: torch.nn.Parameter, form: type) -> None:
+    codes.packed = form(codes.detach())
+    if codes.__dict__.get("is_kept_plain"):
+        codes.packed_from = _state(codes)
+        return
+    without_memory = torch.empty(codes.shape, dtype=codes.dtype)
+    without_memory.untyped_storage().resize_(0)  # reading it past `PackedCodes` raises
+    codes.__class__ = PackedCodes  # from here on, other threads that read it wait for the lock
+    with torch._C.DisableTorchFunctionSubclass():
+        codes.data = without_memory
+
+
+def plain(codes: Any) -> Any:
+    """Its argument; a packed parameter is unpacked first, and stays so."""
+    if type(codes) is not PackedCodes:
+        return codes
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        if type(codes) is PackedCodes:
+            unpacked = codes.__dict__.pop("packed").unpacked()
+            with torch._C.DisableTorchFunctionSubclass():
+                codes.data = unpacked
+            codes.__class__ = torch.nn.Parameter
+    return codes
+
+
+def keep_plain(codes: torch.Tensor) -> None:
+    """Notes that rows are taken of a parameter of codes, as of an embedding table: it stays in memory when it is packed."""
+    if isinstance(codes, torch.nn.Parameter) and codes.dtype in (torch.int8, torch.uint8):
+        codes.is_kept_plain = True
+
+
+def _state(codes: torch.Tensor) -> tuple[int, int]:
+    """What changes when a parameter's values do."""
+    return codes.data_ptr(), codes._version
+
+
+@functools.cache
+def _about_no_values() -> frozenset:
+    """Functions of tensors that do not look at values."""
+    getters = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cpu", "is_cuda", "grad")
+    methods = ("dim", "size", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_contiguous", "stride")
+    functions = {getattr(torch.Tensor, name).__get__ for name in getters} | {getattr(torch.Tensor, name) for name in methods}
+    return frozenset(functions | {torch.Tensor.requires_grad.__set__, torch.Tensor.__hash__, torch.Tensor.__len__})
