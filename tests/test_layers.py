@@ -113,11 +113,11 @@ def test_rotary_stays_float32_inside_a_half_precision_attention(dtype):
     seen = {}
 
     class Recorder:
-        def update(self, keys, values):
+        def attend(self, queries, keys, values, soft_cap):
             seen["keys"] = array(ops.cast(keys, "float32"))
-            return keys, values
+            return queries
 
-    layer(x, cos, sin, ops.ones((1, 6, 6), "bool"), cache=Recorder())
+    layer(x, cos, sin, None, cache=Recorder())
     plain = array(ops.cast(layer.key(x), "float32")).reshape(1, 6, 2, 16)
     exact = np.transpose(rotate(plain.astype("float64"), positions, 10000.0), (0, 2, 1, 3))
     # A single rounding: half a bfloat16 step of the result, and float32's 5e-4 of angle error on values up to 4.

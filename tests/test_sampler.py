@@ -407,7 +407,6 @@ def test_a_row_draws_the_same_wherever_it_is_in_the_batch():
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="runs eagerly: nothing is compiled")
 def test_changing_a_number_compiles_nothing():
     traces = []
 
@@ -422,7 +421,7 @@ def test_changing_a_number_compiles_nothing():
         arrays = {name: keras.ops.convert_to_tensor(array) for name, array in chosen.arrays.items()}
         numbers = keras.ops.convert_to_tensor(uniforms([1, 2], [step, step]))
         compiled_run((), arrays, keras.ops.convert_to_tensor(initial_marks(chosen, [[1]] * 2, 97)), logits, numbers)
-    assert len(traces) == 1
+    assert len(traces) == (4 if keras.backend.backend() == "torch" else 1)  # torch runs eagerly: each call is one
 
 
 # Logits processors ------------------------------------------------------------------------------------------------------------
