@@ -1,8 +1,8 @@
 """Key/value caches: one a layer, full for global layers, a ring of the window's size for local ones.
 
 The token at position p lives in slot `p % slots`. A ring of `window` slots therefore holds just the keys that a local layer
-may see. A cache is a plain `(keys, values)` pair `[B, K, slots + 1, H]`; what is where follows from the rows' positions alone. The one
-slot more is never read: what must not be kept, padding above all, is written there.
+may see. A cache is a plain `(keys, values)` pair `[B, K, slots + 1, H]`; what is where follows from the rows' positions alone.
+The one slot more is never read: what must not be kept, padding above all, is written there.
 """
 
 from __future__ import annotations

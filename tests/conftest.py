@@ -15,7 +15,7 @@ _COMPILED = tempfile.TemporaryDirectory(prefix="gemma2-compiled-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import keras
+import keras  # noqa: E402 - reads the environment
 
 collect_ignore = [] if keras.backend.backend() == "jax" else ["test_lowering.py"]  # about jax.export
 

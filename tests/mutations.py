@@ -28,6 +28,8 @@ class Mutation:
 
 
 ATTENTION, BLOCK, EMBEDDING = "layers/attention.py", "layers/decoder_block.py", "layers/embedding.py"
+BLOCKED, DECODE, DECODING = "layers/blocked_attention.py", "generation/decode.py", "generation/decoding.py"
+LONG = ("test_long_prompts.py", "long_ragged")
 MUTATIONS = [
     Mutation("queries scaled by head_dim (27B)", ATTENTION, "self.query_pre_attn_scalar**-0.5", "self.head_dim**-0.5"),
     Mutation("attention cap dropped", ATTENTION, "soft_cap(self._scores(queries, keys), self.logit_soft_cap)", "self._scores(queries, keys)"),
@@ -52,17 +54,23 @@ MUTATIONS = [
     Mutation("embedding scale unrounded", EMBEDDING, "ops.cast(ops.cast(math.sqrt(self.hidden_dim), self.compute_dtype), dtype)", "ops.cast(math.sqrt(self.hidden_dim) + 0.5, dtype)", "test_layers.py", "embedding_scale"),
     Mutation("norm in bfloat16", "layers/rms_norm.py", "x = ops.cast(inputs, \"float32\")", "x = inputs", "test_layers.py", "bfloat16_computes_in_float32"),
     Mutation("RoPE in bfloat16", ATTENTION, "super().__init__(autocast=False, **kwargs)", "super().__init__(**kwargs)", "test_layers.py", "rotary_stays_float32"),
-    Mutation("masked rows NaN", ATTENTION, "MASKED_SCORE = -1e30", "MASKED_SCORE = -float(\"inf\")", "test_layers.py", "every_key_masked"),
+    Mutation("masked rows NaN", BLOCKED, "MASKED_SCORE = -1e30", "MASKED_SCORE = -float(\"inf\")", "test_layers.py", "every_key_masked"),
     Mutation("float16 products not saturated", "layers/numerics.py", "    return ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX)\n", "    return x\n", "test_parity.py", "activations_overflow"),
     Mutation("float16 norms not saturated", "layers/numerics.py", "ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == \"float16\" else x", "x", "test_layers.py", "rms_norm_output_dtype"),
     Mutation("positions count padding", "layers/mask.py", "count = ops.cumsum(real, axis=-1)", "count = ops.cumsum(ops.ones_like(real), axis=-1)", "test_backbone.py", "any_padding"),
     Mutation("padding visible", "layers/mask.py", "ops.logical_and(key_is_real[:, None, :], keys <= queries)", "keys <= queries", "test_backbone.py", "any_padding"),
-    Mutation("local layers keep full caches", "cache.py", "length if window is None else min(window, length)", "length", "test_generation.py", "keep_a_ring"),
-    Mutation("ring one slot short", "cache.py", "min(window, length)", "min(window - 1, length)", "test_generation.py", "cached_logits"),
-    Mutation("ring keeps the prompt's beginning", "cache.py", "slot_positions(lengths - 1, size)", "slot_positions(ops.minimum(lengths, size) - 1, size)", "test_generation.py", "cached_logits"),
-    Mutation("rows decode from the longest", "generation/decode.py", "lengths.astype(\"int32\")", "np.full_like(lengths, lengths.max()).astype(\"int32\")", "test_generation.py", "generate_equals"),
-    Mutation("stop token ignored", "generation/decode.py", "np.isin(tokens, stop_token_ids) | ", "", "test_generation.py", "stop_tokens"),
-    Mutation("end of turn not a stop", "tokenizer.py", "return (self.end_token_id, self.end_of_turn_token_id)", "return (self.end_token_id,)", "test_causal_lm.py", "end_of_turn"),
+    Mutation("local layers keep full caches", "cache.py", "length if window is None else min(window + slack, length)", "length", "test_generation.py", "keep_a_ring"),
+    Mutation("ring one slot short", "cache.py", "min(window + slack, length)", "min(window - 1, length)", "test_generation.py", "cached_logits"),
+    Mutation("ring keeps the prompt's beginning", "cache.py", "positions >= ends - self.slots", "positions < self.slots", "test_generation.py", "cached_logits"),
+    Mutation("padding is cached", "cache.py", "ops.logical_and(positions < ends, ", "ops.logical_and(positions < ends + 9, ", "test_generation.py", "cached_logits"),
+    Mutation("a moved block counts twice", "cache.py", "slots >= first)", "slots >= 0)", *LONG),
+    Mutation("later chunks do not see earlier ones", "cache.py", "if not self.tokens.fresh:", "if False:", *LONG),
+    Mutation("running sum not rescaled", BLOCKED, "total * shrink", "total", *LONG),
+    Mutation("cap dropped over the cache", BLOCKED, "soft_cap(scores, self.cap)", "scores", "test_generation.py", "cached_logits"),
+    Mutation("rows decode from the longest", DECODING, "np.array([len(row) for row in self.rows], \"int32\")  # of", "np.full(len(self.rows), max(map(len, self.rows)), \"int32\")  # of", "test_generation.py", "generate_equals"),
+    Mutation("stop token ignored", DECODE, "ops.equal(chosen[:, None], choosing.stop_token_ids)", "ops.equal(chosen[:, None], -5)", "test_generation.py", "stop_tokens"),
+    Mutation("draws do not depend on the position", DECODING, "return uniforms(self.seeds, positions)", "return uniforms(self.seeds, positions * 0)", "test_calls.py", "seed_gives"),
+    Mutation("end of turn not a stop", "tokenizer.py", "own = (self.end_token_id, self.end_of_turn_token_id)", "own = (self.end_token_id,)", "test_causal_lm.py", "end_of_turn"),
     Mutation("duplicate head not compared", "checkpoints/hf.py", "            _check_tied_head(tensors, folder)", "            pass", "test_checkpoints.py", "duplicate_head"),
 ]
 

@@ -118,9 +118,7 @@ def test_max_new_tokens_and_max_length_bound_each_row(lm):
 
 def test_logprobs_are_the_models_own(lm, peer):
     inputs = lm.preprocessor.generate_preprocess([PROMPT, "Once"], sequence_length=16)
-    out, logprobs = lm.generate(
-        inputs, max_new_tokens=7, stop_token_ids=None, sampler=DRAWS, seed=0, return_logprobs=True
-    )
+    out, logprobs = lm.generate(inputs, max_new_tokens=7, stop_token_ids=None, sampler=DRAWS, seed=0, return_logprobs=True)
     for ids, mask, row, found in zip(out["token_ids"], out["padding_mask"], range(2), logprobs):
         ids, start = ids[mask], int(np.asarray(inputs["padding_mask"])[row].sum())
         logits = hugging_face_logits(peer, [ids])[0].astype("float64")
@@ -155,9 +153,12 @@ def test_a_prefix_is_run_once_and_continued_many_times(lm, monkeypatch):
     plain = [lm.generate("The state of our union" + text, max_new_tokens=9) for text in (" is", " was once")]
     ran = []
     prefill = Runner.prefill
-    monkeypatch.setattr(
-        Runner, "prefill", lambda self, caches, prompts, *rest: ran.extend(map(len, prompts)) or prefill(self, caches, prompts, *rest)
-    )
+
+    def counted(self, caches, prompts, *rest):
+        ran.extend(map(len, prompts))
+        return prefill(self, caches, prompts, *rest)
+
+    monkeypatch.setattr(Runner, "prefill", counted)
     assert lm.generate([" is", " was once"], prefix=prefix, max_new_tokens=9) == plain
     assert ran == [1, 2]
     assert "".join(lm.stream(" is", prefix=prefix, max_new_tokens=9)) == plain[0].removeprefix(PROMPT)

@@ -1,4 +1,7 @@
-"""Prefill and decoding lower for accelerators that are not at hand, from the CPU. JAX only (see conftest.py): the exporter is JAX's."""
+"""Prefill and decoding lower for accelerators that are not at hand, from the CPU.
+
+JAX only (see conftest.py): the exporter is JAX's.
+"""
 
 import warnings
 

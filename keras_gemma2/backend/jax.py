@@ -109,7 +109,7 @@ def attention_dtype(compute_dtype: str) -> str:
 
 
 def write_slots(cache: jax.Array, values: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in place where the cache was donated."""
+    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in place where it was donated."""
     if cache.dtype == jnp.uint16:
         values = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
     # Advanced indices around a slice move to the front: the indexed view is [b, T, K, H].

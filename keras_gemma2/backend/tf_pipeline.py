@@ -38,8 +38,7 @@ def read_texts(inputs: Any, argument: str) -> Any:
         )
     if inputs.shape.rank == 1 and inputs.shape[0] == 0:
         raise ValueError(
-            f"`{argument}` must hold at least one text. Received a tensor of shape "
-            f"{inputs.shape}. Skip empty batches."
+            f"`{argument}` must hold at least one text. Received a tensor of shape {inputs.shape}. Skip empty batches."
         )
     with tf.device("cpu"):
         # SentencePiece would read broken bytes as U+FFFD, without a word.
@@ -86,8 +85,7 @@ def read_ids(inputs: Any, vocabulary_size: int, not_ids: str) -> Any:
         # Without this, the op's own error is one that `tf.data` may take for the end of the data.
         flat = _identity_if(
             ~tf.reduce_any(unknown),
-            "`inputs` must hold token ids of the vocabulary, from 0 to "
-            f"{vocabulary_size - 1}. Received:",
+            f"`inputs` must hold token ids of the vocabulary, from 0 to {vocabulary_size - 1}. Received:",
             tf.boolean_mask(flat, unknown),
             value=flat,
         )

@@ -42,7 +42,7 @@ class PackedInt8:
         return torch.cat([piece.unpack()[0].int_repr() for piece in self.pieces])
 
     @staticmethod
-    def takes(codes: torch.Tensor, scales: torch.Tensor) -> bool:
+    def takes(codes: torch.Tensor) -> bool:
         """Whether there is a packed form; of what it is made of in PyTorch, some is announced to go."""
         return codes.dtype == torch.int8 and _has_fbgemm()
 

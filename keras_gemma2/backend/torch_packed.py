@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from keras_gemma2.backend import torch_int4, torch_int8
+from keras_gemma2.backend.torch_int8 import FEW_ROWS, PackedInt8
 
 MIN_ELEMENTS = 1 << 13  # smaller matrices are left alone
-FORMS = {"int8": (torch_int8.PackedInt8, torch_int8.FEW_ROWS), "int4": (torch_int4.PackedInt4, torch_int4.FEW_ROWS)}
 _LOCK = threading.Lock()
 
 
@@ -48,14 +47,13 @@ def packed_codes(codes: torch.Tensor, scales: torch.Tensor, mode: str, count: in
     found = codes.__dict__.get("packed")
     if found is not None and codes.packed_from == _state(codes):
         return found
-    form, few = FORMS[mode]
-    if count > few or codes.numel() < MIN_ELEMENTS or not _is_ordinary(codes) or not _is_ordinary(scales):
+    if mode != "int8" or count > FEW_ROWS or codes.numel() < MIN_ELEMENTS or not _is_ordinary(codes) or not _is_ordinary(scales):
         return None
-    if not form.takes(codes, scales):
+    if not PackedInt8.takes(codes):
         return None
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         if type(codes) is torch.nn.Parameter:
-            _pack(codes, form)
+            _pack(codes)
     return codes.__dict__.get("packed")
 
 
@@ -63,8 +61,8 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
     return tensor.ndim == 2 and tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_inference()
 
 
-def _pack(codes: torch.nn.Parameter, form: type) -> None:
-    codes.packed = form(codes.detach())
+def _pack(codes: torch.nn.Parameter) -> None:
+    codes.packed = PackedInt8(codes.detach())
     if codes.__dict__.get("is_kept_plain"):
         codes.packed_from = _state(codes)
         return
@@ -90,7 +88,7 @@ def plain(codes: Any) -> Any:
 
 def keep_plain(codes: torch.Tensor) -> None:
     """Notes that rows are taken of a parameter of codes, as of an embedding table: it stays in memory when it is packed."""
-    if isinstance(codes, torch.nn.Parameter) and codes.dtype in (torch.int8, torch.uint8):
+    if isinstance(codes, torch.nn.Parameter) and codes.dtype == torch.int8:
         codes.is_kept_plain = True
 
 

@@ -1,6 +1,6 @@
 """Products with quantized weights on PyTorch.
 
-On CPU, products with a few rows run on a packed form of the codes (torch_packed.py). Everywhere else weights are
+On CPU, int8 products with a few rows run on a packed form of the codes (torch_packed.py). Everywhere else weights are
 widened a block of rows at a time, so that a block stays in cache and beside the codes nothing of the weights' size is ever in
 memory, in the backward pass neither.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from keras_gemma2.backend.torch_int4 import widened_int4
 from keras_gemma2.backend.torch_packed import packed_codes, plain
 from keras_gemma2.backend.torch_products import float32_product, row_blocks
 
@@ -68,4 +67,6 @@ def dequantized(codes: torch.Tensor, scales: torch.Tensor, mode: str) -> torch.T
     """Rows of a quantized matrix in float32."""
     if mode == "int8":
         return codes.float() * scales
-    return widened_int4(codes, scales)
+    halves = torch.stack([codes & 15, codes >> 4], dim=1)
+    values = halves.reshape(*scales.shape, -1).float().sub_(8).mul_(scales[:, :, None])
+    return values.reshape(codes.shape[0], -1)

@@ -60,8 +60,8 @@ class Generates(Chats):
             strip_prompt: whether to leave the prompt out of what is returned.
             sampler: a `keras_gemma2.Sampler` for all rows, or a list of one a row; a keras-hub sampler or its name; None means what
                 `compile` was given, greedy by default.
-            seed: of the draws. An integer gives row i the seed `seed + i`; a list gives each row its own. A row's draws depend on its
-                seed and its positions only. None draws seeds from numpy's global generator.
+            seed: of the draws. An integer gives row i the seed `seed + i`; a list gives each row its own. A row's draws depend on
+                its seed and its positions only. None draws seeds from numpy's global generator.
             return_logprobs: whether to return log-probabilities too.
             prefix: from `prefill`: a text that the inputs continue.
             draft: a smaller model of the same vocabulary, or "prompt_lookup", which proposes what followed the last tokens earlier
@@ -72,12 +72,13 @@ class Generates(Chats):
         Returns:
             A string for a string, a list for a list; for a dict, a dict of numpy `token_ids` int32 `[B, length]` and
             `padding_mask` bool, each row its prompt and completion from the left (the stop token included), then padding.
-            With `return_logprobs`, a pair of that and a list with, for each row, the float32 log-probability of each new token under
-            the model's own distribution, before the sampler's filters.
+            With `return_logprobs`, a pair of that and a list with, for each row, the float32 log-probability of each new token
+            under the model's own distribution, before the sampler's filters.
 
         Raises:
             ValueError: for an empty list, something else than text, a prompt longer than `max_length` or the model's
-                `max_sequence_length`, other arguments outside their ranges, ids outside the vocabulary, or "auto" without a tokenizer.
+                `max_sequence_length`, other arguments outside their ranges, ids outside the vocabulary, or "auto" without a
+                tokenizer.
             FloatingPointError: if the model's logits are not numbers.
 
         Example:
@@ -149,8 +150,8 @@ class Generates(Chats):
             max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix, draft: as `generate` takes them.
 
         Yields:
-            For a string, pieces of text. For a list, pairs of the row's index and a piece. For a dict, pairs of the row's index and a
-            token id.
+            For a string, pieces of text. For a list, pairs of the row's index and a piece. For a dict, pairs of the row's index and
+            a token id.
 
         Raises:
             ValueError: as `generate`, at the call and not at the first piece.
@@ -187,8 +188,9 @@ class Generates(Chats):
             prefix: a string (the start token is put before it), or token ids, of which the first should be `<bos>`.
 
         Returns:
-            What `generate`, `stream` and `score` take as `prefix`. Their inputs then go on from there, without a start token of their
-            own: their tokens follow the prefix's tokens. It holds for the weights as they are now: make it anew after training.
+            What `generate`, `stream` and `score` take as `prefix`. Their inputs then go on from there, without a start token of
+            their own: their tokens follow the prefix's tokens. It holds for the weights as they are now: make it anew after
+            training.
 
         Raises:
             ValueError: for an empty prefix, or one as long as the model's context.

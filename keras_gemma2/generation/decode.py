@@ -53,9 +53,7 @@ def extend_prompts(
     return caches, ops.where(sources[:, None] >= 0, last, hidden)
 
 
-def score_prompts(
-    backbone: Any, caches: list[Cache], token_ids: Any, targets: Any, tokens: Tokens
-) -> tuple[list[Cache], Any]:
+def score_prompts(backbone: Any, caches: list[Cache], token_ids: Any, targets: Any, tokens: Tokens) -> tuple[list[Cache], Any]:
     """Runs a piece of some rows' texts; gives the log-probability of the token that follows each token.
 
     Args:
@@ -168,8 +166,8 @@ def decode_loop(
         steps: int32 scalar, at most `STEPS`.
 
     Returns:
-        The state, tokens int32 `[B, STEPS]` (`CLOSED` where none was chosen), log-probabilities float32 `[B, STEPS]`, and the rows still
-        open.
+        The state, tokens int32 `[B, STEPS]` (`CLOSED` where none was chosen), log-probabilities float32 `[B, STEPS]`, and the rows
+        still open.
     """
     batch, column = ops.shape(token_ids)[0], ops.arange(STEPS, dtype="int32")[None, :]
 

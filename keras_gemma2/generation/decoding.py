@@ -102,9 +102,9 @@ class Decoding:
         if (tokens == NOT_A_NUMBER).any():
             row = int(np.argwhere(tokens == NOT_A_NUMBER)[0][0])
             raise FloatingPointError(
-                f"The model's logits for row {row} of the inputs, after {len(self.rows[row])} tokens or a few more, are not numbers "
-                "(NaN or infinite). Its weights hold such numbers, or its activations overflowed: check the checkpoint with "
-                "`keras-gemma2 verify`, and use dtype='bfloat16' or 'float32' rather than 'float16'."
+                f"The model's logits for row {row} of the inputs, after {len(self.rows[row])} tokens or a few more, are not "
+                "numbers (NaN or infinite). Its weights hold such numbers, or its activations overflowed: check the checkpoint "
+                "with `keras-gemma2 verify`, and use dtype='bfloat16' or 'float32' rather than 'float16'."
             )
         for row, (chosen, logprob) in enumerate(zip(tokens, logprobs)):
             kept = chosen != CLOSED
@@ -142,9 +142,7 @@ class HostDecoding(Decoding):
 
 def _by_plan(logits: Any, decoding: HostDecoding) -> np.ndarray:
     positions = np.array([len(row) for row in decoding.rows], "int32")
-    tokens, decoding._marks = choose_on_host(
-        decoding.plan, decoding.rows, decoding._marks, logits, decoding._uniforms(positions)
-    )
+    tokens, decoding._marks = choose_on_host(decoding.plan, decoding.rows, decoding._marks, logits, decoding._uniforms(positions))
     return tokens
 
 

@@ -83,8 +83,8 @@ def check_streams(request: Request) -> None:
     """Raises a ValueError if the sampler decides nothing before the end."""
     if has_own_loop(request.sampler):
         raise ValueError(
-            f"`sampler` must choose one token at a time to stream. Received: {type(request.sampler).__name__}, which decides at the end. "
-            "Use `generate`, or another sampler."
+            f"`sampler` must choose one token at a time to stream. Received: {type(request.sampler).__name__}, which decides at "
+            "the end. Use `generate`, or another sampler."
         )
 
 

@@ -107,9 +107,7 @@ def _token_prompts(lm: Any, inputs: Any, before: int) -> tuple[list[list[int]], 
     return prompts, default
 
 
-def _text_prompts(
-    lm: Any, inputs: Any, max_length: int | None, options: Options, before: int
-) -> tuple[str, list[list[int]], int]:
+def _text_prompts(lm: Any, inputs: Any, max_length: int | None, options: Options, before: int) -> tuple[str, list[list[int]], int]:
     if lm.preprocessor is None:
         raise ValueError(
             "`inputs` must be a dict with 'token_ids' and 'padding_mask' when the model has no preprocessor. "
@@ -158,9 +156,7 @@ def read_stop_token_ids(lm: Any, stop_token_ids: Any) -> tuple[int, ...]:
     size = lm.backbone.config.vocabulary_size
     ids = stop_token_ids if isinstance(stop_token_ids, (list, tuple, set, np.ndarray)) else [None]
     if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) and 0 <= i < size for i in ids):
-        raise ValueError(
-            f"`stop_token_ids` must be 'auto', None or a list of ids in [0, {size}). Received: {stop_token_ids!r}."
-        )
+        raise ValueError(f"`stop_token_ids` must be 'auto', None or a list of ids in [0, {size}). Received: {stop_token_ids!r}.")
     return tuple(int(token_id) for token_id in ids)
 
 

@@ -24,12 +24,12 @@ class Scores:
             prefix: from `prefill`: a text that the inputs continue; it is not scored.
 
         Returns:
-            Float32 numpy `[n]` for a string, else a list with one for each row: natural logarithms, one a token. The first token of a row,
-            the start token, has none unless there is a prefix before it.
+            Float32 numpy `[n]` for a string, else a list with one for each row: natural logarithms, one a token. The first token of
+            a row, the start token, has none unless there is a prefix before it.
 
         Raises:
-            ValueError: for an empty list, something else than text, a text without tokens or with more than the model's context, or ids
-                outside the vocabulary.
+            ValueError: for an empty list, something else than text, a text without tokens or with more than the model's context, or
+                ids outside the vocabulary.
 
         Example:
             >>> lm.score("Once upon a time").sum()  # of the whole text

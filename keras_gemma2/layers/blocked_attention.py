@@ -1,7 +1,7 @@
 """Attention over keys that come in blocks, without ever holding all scores.
 
-The softmax is kept as running sums (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135): of each query the largest
-score so far, and the sum of weights and of weighted values relative to it.
+The softmax is kept as running sums (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135): of each query the
+largest score so far, and the sum of weights and of weighted values relative to it.
 """
 
 from __future__ import annotations
