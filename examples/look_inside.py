@@ -152,7 +152,7 @@ def run_block(block: Any, x: Any, rotary: Any, mask: Any, rms: dict[str, list]) 
     scores = attention._scores(queries, keys)
     capped = soft_cap(scores, attention.logit_soft_cap)
     weights = attention._masked_softmax(capped, mask)
-    attended = attention.output_projection(attention._combine(weights, values))
+    attended = attention.output_projection(attention._together(attention._combine(weights, values)))
     x = x + through_norm(block.post_attention_norm, attended, rms)
     x = x + through_norm(block.post_ffw_norm, block.feed_forward(through_norm(block.pre_ffw_norm, x, rms)), rms)
     weights, *pair = (to_numpy(array)[0].reshape(-1, *mask.shape[1:]) for array in (weights, scores, capped))  # K, G -> N

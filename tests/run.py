@@ -1,11 +1,13 @@
 """Runs the whole suite on all three backends: `python tests/run.py`.
 
-One process a backend, one line a backend at the end; fails if a backend fails or is not installed. Tests marked `backend_free`,
-which compute nothing with a backend, run with the first only. Arguments are handed to pytest; `--backend NAME` (several
-times) picks backends.
+One process a backend, two at a time where there are cores for it, and one line a backend at the end; fails if a backend fails or is
+not installed. Tests marked `backend_free`, which compute nothing with a backend, run with the first only. Arguments are handed to
+pytest; `--backend NAME` (several times) picks backends, `--jobs 1` runs one after the other, as a small memory wants it (a backend
+takes up to 6 GB).
 """
 
 import argparse
+import concurrent.futures
 import importlib.util
 import os
 import re
@@ -23,11 +25,13 @@ COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=BACKENDS, action="append")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))  # most of a run is one thread, compiling
     options, pytest_arguments = parser.parse_known_args()
     backends = options.backend or BACKENDS
     once = {name: [] if name == backends[0] else ["-m", "not backend_free"] for name in backends}
-    with tempfile.TemporaryDirectory() as exchange:
-        results = [run(name, [*once[name], *pytest_arguments], exchange) for name in backends]
+    with tempfile.TemporaryDirectory() as exchange, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        started = [pool.submit(run, name, [*once[name], *pytest_arguments], exchange) for name in backends]
+        results = [backend.result() for backend in started]
     print()
     for line, *_ in results:
         print(line)
@@ -52,7 +56,7 @@ def run(backend: str, pytest_arguments: list[str], exchange: str) -> tuple[str, 
     )
     last = ""
     for output in process.stdout:
-        print(output, end="", flush=True)
+        print(f"{backend}: {output}", end="", flush=True)
         last = output if COUNT.search(output) else last
     code = process.wait()
     counts = {kind.removesuffix("s"): int(number) for number, kind in COUNT.findall(last)}

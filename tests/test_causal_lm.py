@@ -13,6 +13,7 @@ from oracle import hugging_face_folder
 
 import keras_gemma2
 from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
+from keras_gemma2.generation.requests import read_stop_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_fit_on_a_torch_loader_of_tokens(lm):
 
 @pytest.mark.parametrize("sampler", ["greddy", 3, "contrastive"])
 def test_unknown_samplers_raise(lm, sampler):
-    with pytest.raises(ValueError, match="`sampler` must be one of 'greedy'"):
+    with pytest.raises(ValueError, match="`sampler` must be a keras_gemma2.Sampler, one of 'greedy'"):
         lm.compile(sampler=sampler)
 
 
@@ -369,8 +370,8 @@ def test_generate_with_a_token_dict_returns_a_token_dict(mini):
 
 def test_auto_stops_at_end_of_turn_too(mini):
     tokenizer = mini.preprocessor.tokenizer
-    assert mini._resolve_stop_token_ids("auto") == (tokenizer.end_token_id, tokenizer.end_of_turn_token_id) == (1, 107)
-    assert mini._resolve_stop_token_ids(None) == () and mini._resolve_stop_token_ids([5]) == (5,)
+    assert read_stop_token_ids(mini, "auto") == (tokenizer.end_token_id, tokenizer.end_of_turn_token_id) == (1, 107)
+    assert read_stop_token_ids(mini, None) == () and read_stop_token_ids(mini, [5]) == (5,)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
             heads = cache.attend(queries, keys, values, self.logit_soft_cap)
         else:
             scores = soft_cap(self._scores(queries, keys), self.logit_soft_cap)
-            heads = ops.einsum("bkgts,bksh->bkgth", self._masked_softmax(scores, mask), values)
+            heads = self._combine(self._masked_softmax(scores, mask), values)
         return self.output_projection(self._together(heads))
 
     def _project(self, inputs: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
@@ -113,6 +113,9 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
     def _masked_softmax(self, scores: Any, mask: Any) -> Any:
         scores = ops.where(mask[:, None, None, :, :], scores, MASKED_SCORE)
         return ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
+
+    def _combine(self, weights: Any, values: Any) -> Any:
+        return ops.einsum("bkgts,bksh->bkgth", weights, values)
 
     def _together(self, heads: Any) -> Any:
         """`[B, K, G, T, H] -> [B, T, N * H]`."""
