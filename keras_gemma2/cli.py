@@ -27,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        print(f"keras-gemma2: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of stdout (head, say) has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        print(f"keras-gemma2: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

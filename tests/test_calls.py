@@ -202,6 +202,33 @@ def test_a_session_outgrows_its_room_and_its_window(lm, monkeypatch):
     assert session.prefilled == 20
 
 
+def test_an_interrupted_session_keeps_its_room(lm, monkeypatch):
+    monkeypatch.setattr("keras_gemma2.generation.session.ROOM", 40)
+    session = lm.open_session()
+    session.extend([2, 300, 301])
+    advance = Decoding.advance
+
+    def interrupted(self, steps):
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        monkeypatch.setattr(Decoding, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(session.stream(max_new_tokens=3, stop_token_ids=None))
+        monkeypatch.setattr(Decoding, "advance", advance)
+        before = list(session.token_ids)
+        assert list(session.stream(max_new_tokens=3, stop_token_ids=None)) == _continued(lm, before, 3)
+    assert {keys.shape[2] for keys, _ in session._caches} == {128 + 1, 256 + 1}  # the window, and the smallest room
+
+
+@pytest.mark.parametrize("call", [lambda s: s.truncate(-1), lambda s: s.truncate(4), lambda s: s.stream(max_new_tokens=0)])
+def test_bad_session_arguments(lm, call):
+    session = lm.open_session()
+    session.extend([2, 300, 301])
+    with pytest.raises(ValueError, match="`length` must be from 0 to 3|`max_new_tokens`"):
+        call(session)
+
+
 def _continued(lm, ids, count):
     inputs = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)), "int32")}
     out = lm.generate(inputs, max_new_tokens=count, stop_token_ids=None, strip_prompt=True)
@@ -223,6 +250,18 @@ def test_logits_processors_run_on_the_host(lm):
     assert not (ids % 2).any() and seen == list(range(seen[0], seen[0] + 6))
 
 
+def test_a_logits_processor_does_not_see_a_row_that_has_ended(lm):
+    seen = []
+
+    def ends(token_ids, logits):
+        seen.append(len(token_ids))
+        return np.where(np.arange(len(logits)) == 1, 100, logits).astype("float32")
+
+    samplers = [Sampler(temperature=0, logits_processor=ends), Sampler(temperature=0)]
+    assert len(lm.generate([PROMPT, PROMPT], max_new_tokens=6, sampler=samplers)[1]) > len(PROMPT)
+    assert len(seen) == 1
+
+
 def test_logits_that_are_not_numbers_are_said_to_be(lm):
     config = {**lm.backbone.get_config(), "name": "broken"}
     broken = Gemma2CausalLM(type(lm.backbone).from_config(config), lm.preprocessor)
@@ -232,6 +271,8 @@ def test_logits_that_are_not_numbers_are_said_to_be(lm):
         broken.generate(PROMPT, max_new_tokens=3)
     with pytest.raises(FloatingPointError, match="not numbers"):
         list(broken.stream(PROMPT, max_new_tokens=3, sampler=DRAWS))
+    with pytest.raises(FloatingPointError, match="row 0.*not numbers"):
+        broken.score(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +289,7 @@ def test_logits_that_are_not_numbers_are_said_to_be(lm):
         ({"seed": "7"}, "`seed` must be None, an integer"),
         ({"seed": [1, 2], "sampler": DRAWS}, "`seed`.*a list of 1 integers"),
         ({"seed": 1, "sampler": "top_k"}, "`seed` applies to keras_gemma2.Sampler"),
+        ({"sampler": Sampler(logit_bias={4096: 1.0})}, "`logit_bias`.*4096"),
         ({"max_length": 4}, "the prompt of row 0 has 8 tokens"),
     ],
 )
@@ -262,7 +304,7 @@ def test_bad_prefixes(lm):
     with pytest.raises(ValueError, match="`prefix` was made by another model"):
         other = Gemma2CausalLM(lm.backbone.__class__.from_config({**lm.backbone.get_config(), "name": "other"}), lm.preprocessor)
         lm.generate(" is", prefix=other.prefill("The"))
-    with pytest.raises(ValueError, match="`prefix` must have from 1"):
+    with pytest.raises(ValueError, match="`prefix` must be a string, or a list"):
         lm.prefill([])
     with pytest.raises(ValueError, match="streams|one token at a time to stream"):
         lm.stream(PROMPT, sampler="beam")

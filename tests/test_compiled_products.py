@@ -1,6 +1,5 @@
 """Products and rows of variables inside compiled functions, where half-precision weights take paths of their own."""
 
-import gc
 import importlib
 
 import keras
@@ -68,17 +67,3 @@ def test_quantized_linear(mode, small_blocks):
     compiled = backend.compile_function(lambda unused, x: backend.quantized_linear(x, *kept, mode), kept)
     error = np.abs(ops.convert_to_numpy(compiled((), ops.convert_to_tensor(x))) - x.astype("float64") @ weight.T)
     assert np.all(error <= SUM_ERROR * (np.abs(x.astype("float64")) @ np.abs(weight).T))
-
-
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="what is tested is jax_words.py")
-def test_words_are_made_once_and_go_with_the_array():
-    from keras_gemma2.backend import jax_words
-
-    kernel, _ = variable(np.ones((5, 3)), "bfloat16")
-    words = jax_words.as_words(kernel.value)
-    assert jax_words.as_words(kernel.value) is words
-    assert words.unsafe_buffer_pointer() == kernel.value.unsafe_buffer_pointer()
-    before = len(jax_words._ALIASES)
-    kernel.assign(ops.zeros((5, 3), "bfloat16"))
-    gc.collect()
-    assert len(jax_words._ALIASES) == before - 1

@@ -104,8 +104,12 @@ def cache_dtype(compute_dtype: str) -> str:
 
 
 def attention_dtype(compute_dtype: str) -> str:
-    """The dtype in which queries meet keys: the compute dtype; float32 on CPUs, which have no fast half products."""
-    return "float32" if jax.default_backend() == "cpu" else keras.backend.standardize_dtype(compute_dtype)
+    """The dtype in which queries meet keys: bfloat16 on accelerators, else float32.
+
+    CPUs have no fast half products, and sums of values overflow in float16.
+    """
+    is_bfloat16 = keras.backend.standardize_dtype(compute_dtype) == "bfloat16"
+    return "bfloat16" if is_bfloat16 and jax.default_backend() != "cpu" else "float32"
 
 
 def write_slots(cache: jax.Array, values: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:

@@ -118,8 +118,12 @@ def cache_dtype(compute_dtype: str) -> str:
 
 
 def attention_dtype(compute_dtype: str) -> str:
-    """The dtype in which queries meet keys: the compute dtype; float32 on CPUs, which have no fast half products."""
-    return keras.backend.standardize_dtype(compute_dtype) if tf.config.list_logical_devices("GPU") else "float32"
+    """The dtype in which queries meet keys: bfloat16 on accelerators, else float32.
+
+    CPUs have no fast half products, and sums of values overflow in float16.
+    """
+    is_bfloat16 = keras.backend.standardize_dtype(compute_dtype) == "bfloat16"
+    return "bfloat16" if is_bfloat16 and tf.config.list_logical_devices("GPU") else "float32"
 
 
 def write_slots(cache: tf.Tensor, values: tf.Tensor, rows: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:

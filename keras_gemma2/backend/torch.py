@@ -108,8 +108,12 @@ def cache_dtype(compute_dtype: str) -> str:
 
 
 def attention_dtype(compute_dtype: Any) -> str:
-    """The dtype in which queries meet keys: the compute dtype; float32 on CPUs, whose half products are slow."""
-    return "float32" if get_device() == "cpu" else keras.backend.standardize_dtype(compute_dtype)
+    """The dtype in which queries meet keys: bfloat16 on accelerators, else float32.
+
+    CPUs have no fast half products, and sums of values overflow in float16.
+    """
+    is_bfloat16 = keras.backend.standardize_dtype(compute_dtype) == "bfloat16"
+    return "bfloat16" if is_bfloat16 and get_device() != "cpu" else "float32"
 
 
 def write_slots(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

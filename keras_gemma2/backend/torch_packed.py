@@ -45,7 +45,7 @@ def packed_codes(codes: torch.Tensor, scales: torch.Tensor, mode: str, count: in
     if type(codes) is not torch.nn.Parameter:
         return None
     found = codes.__dict__.get("packed")
-    if found is not None and codes.packed_from == _state(codes):
+    if found is not None and codes.__dict__.get("packed_from") == _state(codes):
         return found
     if mode != "int8" or count > FEW_ROWS or codes.numel() < MIN_ELEMENTS or not _is_ordinary(codes) or not _is_ordinary(scales):
         return None
@@ -62,10 +62,11 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
 
 
 def _pack(codes: torch.nn.Parameter) -> None:
-    codes.packed = PackedInt8(codes.detach())
+    packed = PackedInt8(codes.detach())
     if codes.__dict__.get("is_kept_plain"):
-        codes.packed_from = _state(codes)
+        codes.packed_from, codes.packed = _state(codes), packed
         return
+    codes.packed = packed  # not found by others before the class changes: nothing says yet what it was made of
     without_memory = torch.empty(codes.shape, dtype=codes.dtype)
     without_memory.untyped_storage().resize_(0)  # reading it past `PackedCodes` raises
     codes.__class__ = PackedCodes  # from here on, other threads that read it wait for the lock
@@ -79,10 +80,11 @@ def plain(codes: Any) -> Any:
         return codes
     with _LOCK, torch.inference_mode(False), torch.no_grad():
         if type(codes) is PackedCodes:
-            unpacked = codes.__dict__.pop("packed").unpacked()
+            unpacked = codes.__dict__["packed"].unpacked()
             with torch._C.DisableTorchFunctionSubclass():
                 codes.data = unpacked
             codes.__class__ = torch.nn.Parameter
+            del codes.__dict__["packed"]
     return codes
 
 

@@ -99,7 +99,7 @@ class Generates(Chats):
             output, more = self._generate_batch(batch, options, strip_prompt, len(logprobs))
             outputs.append(output)
             logprobs += more
-        return _concatenate(outputs), logprobs
+        return _concatenate(outputs, self._pad_token_id()), logprobs
 
     def _generate_batch(self, inputs: Any, options: Options, strip_prompt: bool, first_row: int) -> tuple[Any, list]:
         request = read_request(self, inputs, options, first_row)
@@ -115,13 +115,15 @@ class Generates(Chats):
         starts = [[] if strip_prompt else before + prompt for prompt in request.prompts]
         if request.kind == "tokens":
             rows = [start + ids for start, ids in zip(starts, new)]
-            pad = 0 if self.preprocessor is None else self.preprocessor.tokenizer.pad_token_id
-            return pad_rows(rows, request.length, pad)
+            return pad_rows(rows, request.length, self._pad_token_id())
         if texts is None:
             outputs = self._texts([start + ids for start, ids in zip(starts, new)])
         else:
             outputs = [start + text for start, text in zip(self._texts(starts), texts)]
         return outputs[0] if request.kind == "text" else outputs
+
+    def _pad_token_id(self) -> int:
+        return 0 if self.preprocessor is None else self.preprocessor.tokenizer.pad_token_id
 
     def _texts(self, rows: list[list[int]]) -> list[str]:
         packed = pad_rows(rows, max(1, *map(len, rows)), self.preprocessor.tokenizer.pad_token_id)
@@ -164,6 +166,7 @@ class Generates(Chats):
         options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix, draft)
         request = read_request(self, inputs, options)
         generate.check_streams(request)
+        self.generation_stats = None
         return self._pieces(request)
 
     def _pieces(self, request: Request) -> Iterator[Any]:
@@ -199,7 +202,7 @@ class Generates(Chats):
             >>> instruction = lm.prefill("Translate to French.\\n")
             >>> lm.generate(["cheese =>", "bread =>"], prefix=instruction, max_new_tokens=8)
         """
-        token_ids = self._prefix_token_ids(prefix) if len(prefix) or isinstance(prefix, str) else []
+        token_ids = self._prefix_token_ids(prefix)
         limit = self.backbone.config.max_sequence_length
         if not 0 < len(token_ids) < limit:
             raise ValueError(
@@ -223,13 +226,17 @@ class Generates(Chats):
         if isinstance(prefix, str):
             return read_request(self, prefix, Options(max_new_tokens=1, stop_token_ids=None)).prompts[0]
         ids = np.asarray(prefix)
+        if ids.ndim != 1 or not ids.size:
+            raise ValueError(f"`prefix` must be a string, or a list of token ids of at least one. Received: {prefix!r}.")
         inputs = {"token_ids": ids[None], "padding_mask": np.ones_like(ids)[None]}
         return read_request(self, inputs, Options(max_new_tokens=1, stop_token_ids=None)).prompts[0]
 
 
-def _concatenate(outputs: list[Any]) -> Any:
+def _concatenate(outputs: list[Any], pad_token_id: int) -> Any:
     if not outputs:
         raise ValueError("`inputs` must hold at least one batch. Received an empty dataset.")
     if isinstance(outputs[0], dict):
-        return {key: np.concatenate([output[key] for output in outputs]) for key in outputs[0]}
+        length = max(output["token_ids"].shape[1] for output in outputs)
+        rows = [ids[mask].tolist() for output in outputs for ids, mask in zip(output["token_ids"], output["padding_mask"])]
+        return pad_rows(rows, length, pad_token_id)
     return [text for output in outputs for text in (output if isinstance(output, list) else [output])]

@@ -50,7 +50,8 @@ class Decoding:
         self.logprobs: list[list[float]] = [[] for _ in rows]
         self.open_rows = np.array([len(row) < limit for row, limit in zip(rows, limits)])
         self._hidden: Any = hidden
-        self._choosing = Choosing(plan.key, plan.arrays, _padded(stop_token_ids), np.array(limits, "int32"))
+        arrays = {name: ops.convert_to_tensor(array) for name, array in plan.arrays.items()}
+        self._choosing = Choosing(plan.key, arrays, _padded(stop_token_ids), np.array(limits, "int32"))
         self._marks = ops.convert_to_tensor(initial_marks(plan, self.rows, runner.backbone.config.vocabulary_size))
 
     def advance(self, steps: int) -> list[list[int]]:
@@ -101,11 +102,7 @@ class Decoding:
     def _take(self, tokens: np.ndarray, logprobs: np.ndarray, new: list[list[int]]) -> None:
         if (tokens == NOT_A_NUMBER).any():
             row = int(np.argwhere(tokens == NOT_A_NUMBER)[0][0])
-            raise FloatingPointError(
-                f"The model's logits for row {row} of the inputs, after {len(self.rows[row])} tokens or a few more, are not "
-                "numbers (NaN or infinite). Its weights hold such numbers, or its activations overflowed: check the checkpoint "
-                "with `keras-gemma2 verify`, and use dtype='bfloat16' or 'float32' rather than 'float16'."
-            )
+            raise not_numbers(row, len(self.rows[row]))
         for row, (chosen, logprob) in enumerate(zip(tokens, logprobs)):
             kept = chosen != CLOSED
             new[row] += chosen[kept].tolist()
@@ -140,9 +137,20 @@ class HostDecoding(Decoding):
         return tokens[:, None], logprobs[:, None]
 
 
+def not_numbers(row: int, count: int) -> FloatingPointError:
+    """The error of a row whose logits, after `count` tokens or a few more, hold no numbers."""
+    return FloatingPointError(
+        f"The model's logits for row {row} of the inputs, after {count} tokens or a few more, are not numbers (NaN or infinite). "
+        "Its weights hold such numbers, or its activations overflowed: check the checkpoint with `keras-gemma2 verify`, and use "
+        "dtype='bfloat16' or 'float32' rather than 'float16'."
+    )
+
+
 def _by_plan(logits: Any, decoding: HostDecoding) -> np.ndarray:
     positions = np.array([len(row) for row in decoding.rows], "int32")
-    tokens, decoding._marks = choose_on_host(decoding.plan, decoding.rows, decoding._marks, logits, decoding._uniforms(positions))
+    tokens, decoding._marks = choose_on_host(
+        decoding.plan, decoding.rows, decoding._marks, logits, decoding._uniforms(positions), decoding.open_rows
+    )
     return tokens
 
 

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_gemma2.generation.drafts import check_draft
 from keras_gemma2.generation.prefix import CachedPrefix
-from keras_gemma2.generation.sampler import Sampler
+from keras_gemma2.generation.sampler import Sampler, check_bias
 from keras_gemma2.generation.text_stream import read_stop_strings
 from keras_gemma2.inputs import as_texts, check_prompts, check_room, is_token_dict, label_tokens
 
@@ -185,6 +185,9 @@ def read_sampler(lm: Any, sampler: Any, seed: Any, rows: int, first_row: int = 0
         if type(samplers) is keras_hub.samplers.GreedySampler:
             samplers = GREEDY
         samplers = [samplers] * rows if isinstance(samplers, Sampler) else samplers
+    if isinstance(samplers, list):
+        for one in {id(one): one for one in samplers}.values():
+            check_bias(one, lm.backbone.config.vocabulary_size)
     if seed is not None and not isinstance(samplers, list):
         raise ValueError(
             "`seed` applies to keras_gemma2.Sampler: keras-hub's samplers carry a seed of their own, shared by all rows. Received: "

@@ -80,7 +80,7 @@ def plan(samplers: Sequence[Sampler], vocabulary_size: int) -> Plan:
     if not samplers or not all(isinstance(sampler, Sampler) for sampler in samplers):
         raise ValueError(f"`samplers` must hold one keras_gemma2.Sampler for each row. Received: {samplers!r}.")
     for sampler in samplers:
-        _check_bias(sampler.logit_bias or {}, vocabulary_size)
+        check_bias(sampler, vocabulary_size)
     greedy = np.array([sampler.temperature == 0 for sampler in samplers])
     # Greedy rows of a sampled batch run along with the filters off.
     top_k = [sampler.top_k or vocabulary_size for sampler in samplers]
@@ -116,7 +116,9 @@ def _bias_rows(samplers: Sequence[Sampler], vocabulary_size: int) -> np.ndarray:
     return rows
 
 
-def _check_bias(bias: Mapping[int, float], vocabulary_size: int) -> None:
+def check_bias(sampler: Sampler, vocabulary_size: int) -> None:
+    """Raises a ValueError if a sampler's `logit_bias` names an id outside the vocabulary, or bans all tokens."""
+    bias = sampler.logit_bias or {}
     outside = [token_id for token_id in bias if token_id >= vocabulary_size]
     if outside:
         raise ValueError(
@@ -175,13 +177,16 @@ def probabilities(key: PlanKey, arrays: Mapping[str, Any], marks: Any, logits: A
     return ops.where(arrays["greedy"][:, None], certain, shares) if key.greedy else shares
 
 
-def choose_on_host(plan: Plan, token_ids: Sequence[Any], marks: Any, logits: Any, uniforms: Any) -> tuple[np.ndarray, Any]:
+def choose_on_host(
+    plan: Plan, token_ids: Sequence[Any], marks: Any, logits: Any, uniforms: Any, open_rows: Sequence[bool] | None = None
+) -> tuple[np.ndarray, Any]:
     """`choose` with the rows' processors, which run here in between.
 
     Args:
         plan: from `plan`.
         token_ids: the ids of each row so far, prompt and generated.
         marks, logits, uniforms: as for `choose`.
+        open_rows: the rows whose processors run, `[B]`; None for all.
 
     Returns:
         numpy int32 `[B]` and the marks. A row of unusable logits gets -1, and its processor does not see it.
@@ -194,8 +199,8 @@ def choose_on_host(plan: Plan, token_ids: Sequence[Any], marks: Any, logits: Any
     marks, uniforms = ops.convert_to_tensor(marks), ops.convert_to_tensor(uniforms, dtype="float32")
     changed = np.array(ops.convert_to_numpy(before((), arrays, marks, ops.convert_to_tensor(logits))))
     for row, processor in enumerate(plan.processors):
-        is_usable = np.isfinite(np.max(changed[row]))  # NaN if there is any
-        if processor is not None and is_usable:
+        is_asked = processor is not None and (open_rows is None or open_rows[row])
+        if is_asked and np.isfinite(np.max(changed[row])):  # NaN if there is any
             changed[row] = _run(processor, np.array(token_ids[row], "int64"), changed[row])
     tokens, marks = after((), arrays, marks, ops.convert_to_tensor(changed), uniforms)
     return ops.convert_to_numpy(tokens), marks

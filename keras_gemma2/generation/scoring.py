@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from keras_gemma2 import backend
+from keras_gemma2.generation.decoding import not_numbers
 from keras_gemma2.generation.prefix import CachedPrefix
 from keras_gemma2.generation.requests import Options, Request, read_request
 
-ROWS_AT_ONCE = 8
+ROWS_AT_ONCE, TOKENS_AT_ONCE = 8, 8192  # of caches
 
 
 class Scores:
@@ -30,6 +31,7 @@ class Scores:
         Raises:
             ValueError: for an empty list, something else than text, a text without tokens or with more than the model's context, or
                 ids outside the vocabulary.
+            FloatingPointError: if the model's logits are not numbers.
 
         Example:
             >>> lm.score("Once upon a time").sum()  # of the whole text
@@ -40,8 +42,9 @@ class Scores:
         # Rows of like length run together, so that short ones do not wait in the caches of long ones.
         order = sorted(range(len(scores)), key=lambda row: len(request.prompts[row]))
         with backend.no_gradients():
-            for start in range(0, len(order), ROWS_AT_ONCE):
-                rows = order[start : start + ROWS_AT_ONCE]
+            while order:
+                together = max(1, min(ROWS_AT_ONCE, TOKENS_AT_ONCE // len(request.prompts[order[-1]])))
+                rows, order = order[-together:], order[:-together]  # the longest first
                 for row, found in zip(rows, self._score_rows(request, rows)):
                     scores[row] = found
         return scores[0] if request.kind == "text" else scores
@@ -58,7 +61,11 @@ class Scores:
             inputs = [[request.prefix.token_ids[-1], *prompt[:-1]] for prompt in prompts]
             room = len(request.prefix) + max(map(len, prompts))
             caches = runner.copied_caches(request.prefix.caches, len(request.prefix), len(rows), room)
-        return runner.scores(caches, inputs, targets, [start] * len(rows))
+        scores = runner.scores(caches, inputs, targets, [start] * len(rows))
+        for row, found in zip(rows, scores):
+            if not np.isfinite(found).all():
+                raise not_numbers(row, len(request.prompts[row]))
+        return scores
 
     def perplexity(self, inputs: Any, prefix: CachedPrefix | None = None) -> float:
         """`exp` of the mean negative log-probability over all scored tokens of the inputs.

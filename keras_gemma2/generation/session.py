@@ -8,7 +8,8 @@ from typing import Any
 from keras_gemma2 import backend
 from keras_gemma2.cache import Cache
 from keras_gemma2.generation.decoding import Decoding, HostDecoding
-from keras_gemma2.generation.requests import Options, read_sampler, read_stop_token_ids
+from keras_gemma2.generation.requests import check_length, read_sampler, read_stop_token_ids
+from keras_gemma2.generation.runner import cache_bucket
 from keras_gemma2.generation.sampler import plan
 
 ROOM = 1024  # tokens that the caches are made for at first; they grow by doubling
@@ -57,7 +58,15 @@ class Session:
         self.token_ids += [int(token_id) for token_id in token_ids]
 
     def truncate(self, length: int) -> None:
-        """Forgets the tokens from position `length` on."""
+        """Forgets the tokens from position `length` on.
+
+        Raises:
+            ValueError: for a length that is not from 0 to the number of tokens.
+        """
+        if not 0 <= length <= len(self.token_ids):
+            raise ValueError(
+                f"`length` must be from 0 to {len(self.token_ids)}, the session's tokens. Received: length={length!r}."
+            )
         if length < self._cached and self._cached > self._smallest_ring():
             self._cached = 0  # a ring has lost keys that the tokens before would need again
         self.token_ids, self._cached = self.token_ids[:length], min(self._cached, length)
@@ -82,9 +91,10 @@ class Session:
         Raises:
             ValueError: if there is no token to go on from, or no room, or for other arguments outside their ranges.
         """
-        options = Options(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids, sampler=sampler, seed=seed)
-        stops = read_stop_token_ids(self.lm, options.stop_token_ids)
-        samplers, seeds = read_sampler(self.lm, options.sampler, options.seed, 1)
+        stops = read_stop_token_ids(self.lm, stop_token_ids)
+        if max_new_tokens is not None:
+            check_length("max_new_tokens", max_new_tokens, None)
+        samplers, seeds = read_sampler(self.lm, sampler, seed, 1)
         if not isinstance(samplers, list):
             raise ValueError(f"`sampler` must be a keras_gemma2.Sampler or 'greedy' here. Received: {type(samplers).__name__}.")
         if not self.token_ids or len(self.token_ids) >= self.context:
@@ -124,7 +134,8 @@ class Session:
         """The caches, in larger ones if they have no room for `length` tokens."""
         if caches is not None and length <= self._room:
             return caches
-        self._room = min(self.context, max(ROOM, 2 * self._room, length))
+        if length > self._room:
+            self._room = cache_bucket(min(self.context, max(ROOM, 2 * self._room, length)), self.context)
         if caches is None or cached == 0:
             return runner.new_caches(1, self._room)
         return runner.copied_caches(caches, cached, 1, self._room)
