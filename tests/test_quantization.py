@@ -425,6 +425,10 @@ def test_damaged_presets_are_named(quantized, tmp_path):
         store["1"] = scales[:-1]
     with pytest.raises(ValueError, match="'layers/decoder_block_1/attention/key/vars/0'.*is not as this package stores one"):
         Gemma2Backbone.from_preset(tmp_path)
+    with h5py.File(tmp_path / "model.weights.h5", "r+") as file:
+        del file["layers/decoder_block_1/attention/key/vars/1"]
+    with pytest.raises(ValueError, match="'layers/decoder_block_1/attention/key/vars/0'.*has no scales"):
+        Gemma2Backbone.from_preset(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace(f'"{mode}"', '"gptq"'))
     with pytest.raises(ValueError, match="quantized as a whole, to one of int8, int4"):

@@ -30,12 +30,19 @@ def joined(tensors: Mapping[str, Any], config: Gemma2Config, cells: Mapping[str,
         where: the folder, for messages.
 
     Raises:
-        CheckpointError: for scales or codes of a wrong dtype or shape.
+        CheckpointError: for scales or codes of a wrong dtype or shape, or codes without scales.
     """
     out, shapes = dict(tensors), config.weight_shapes()
     for path, cell in cells.items():
         scales_name = cell.name.removesuffix("0") + "1"
-        if len(shapes[path]) == 2 and cell.name in out and scales_name in out:
+        if len(shapes[path]) != 2 or cell.name not in out:
+            continue
+        if scales_name not in out and np.dtype(out[cell.name].dtype).name in _MODES:
+            raise CheckpointError(
+                f"The quantized weight {cell.name!r} of {where} has no scales: {scales_name!r} is missing. Fetch the preset again, "
+                "or save it again."
+            )
+        if scales_name in out:
             out[cell.name] = _matrix(shapes[path], cell.name, out[cell.name], out.pop(scales_name), where)
     return out
 
