@@ -86,7 +86,8 @@ class Decoding:
         else:
             steps = min(steps, STEPS)
             draws = np.zeros((STEPS, len(positions)), "float32")
-            draws[:steps] = [self._uniforms(positions + i) for i in range(steps)]
+            if self.plan.key.sampled:
+                draws[:steps] = self._uniforms(positions[:, None] + np.arange(steps, dtype="int32")).T
             last = np.array([row[-1] for row in self.rows], "int32")
             state, tokens, logprobs, is_open = self.runner.loop(
                 self._choosing, (self.caches, self._marks), last, positions - 1, self.open_rows, draws, steps
