@@ -66,4 +66,7 @@ def test_quantized_linear(mode, small_blocks):
     x = generator.normal(size=(3, 36)).astype("float32")
     compiled = backend.compile_function(lambda unused, x: backend.quantized_linear(x, *kept, mode), kept)
     error = np.abs(ops.convert_to_numpy(compiled((), ops.convert_to_tensor(x))) - x.astype("float64") @ weight.T)
-    assert np.all(error <= SUM_ERROR * (np.abs(x.astype("float64")) @ np.abs(weight).T))
+    allowed = SUM_ERROR * (np.abs(x.astype("float64")) @ np.abs(weight).T)
+    if mode == "int8":  # half a step of x's whole numbers (see test_products.py)
+        allowed = allowed + 0.51 / 8_100 * np.abs(x).max(axis=1, keepdims=True) * np.abs(weight).sum(axis=1)
+    assert np.all(error <= allowed)

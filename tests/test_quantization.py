@@ -1,6 +1,7 @@
 """Weights in 8 and 4 bits: the codec, the layers, models, loading and saving."""
 
 import gc
+import importlib
 import json
 import math
 import weakref
@@ -13,7 +14,7 @@ import pytest
 from conftest import TINY
 from keras import ops
 
-from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, cli
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, backend, cli
 from keras_gemma2.layers import DecoderBlock, Linear, TiedEmbedding
 from keras_gemma2.layers.quantization import QuantizedMatrix
 from keras_gemma2.presets.convert import convert
@@ -24,6 +25,9 @@ from keras_gemma2.quantization import dequantize_rows, group_size, quantize_rows
 
 PROMPT = [2, 17, 5, 9, 33, 64, 3, 80]
 MODES = ("int8", "int4")
+# float32 sums in another order: 2e-6 measured, in logits up to 3 (capped). Besides, CPU products with int8 codes round activations
+# to a step of 1/8100 of a row's largest (torch; finer elsewhere): 7e-4 measured. A step of 8 bits would show 1e-2.
+LOGITS_ERROR = {"int8": 2.5e-3, "int4": 2e-5}
 
 
 def by_hand(codes, scales, mode):
@@ -57,7 +61,8 @@ def tokens(rows):
 
 
 def logits(lm, rows):
-    return ops.convert_to_numpy(lm(tokens(rows)))
+    with backend.no_gradients():  # torch packs codes where nothing is recorded
+        return ops.convert_to_numpy(lm(tokens(rows)))
 
 
 def model(dtype="float32", **overrides):
@@ -73,6 +78,15 @@ def model(dtype="float32", **overrides):
 
 def bits(backbone):
     return [(v.path, str(v.dtype), ops.convert_to_numpy(v.value).tobytes()) for v in backbone.weights]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packed_on_torch():
+    """On torch, small matrices of codes are packed, too, as those of a real model are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if keras.backend.backend() == "torch":
+            patch.setattr(importlib.import_module("keras_gemma2.backend.torch_packed"), "MIN_ELEMENTS", 0)
+        yield
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -176,8 +190,7 @@ def test_logits_are_those_of_the_weights_that_the_codes_stand_for(quantized):
     mode, lm, before = quantized
     ours = logits(lm, [PROMPT])
     expected = oracle.numpy_logits(weights_by_hand(lm.backbone), lm.backbone.config, PROMPT)
-    # float32 sums in another order: 2e-6 measured, in logits up to 3 (capped). An int8 step of an activation would show 1e-2.
-    np.testing.assert_allclose(ours[0], expected, atol=2e-5)
+    np.testing.assert_allclose(ours[0], expected, atol=LOGITS_ERROR[mode])
     # What quantizing costs on random weights of 4 layers; measured 0.1 and 0.7. Other weights are 6 apart.
     assert 1e-3 < np.abs(ours - before).max() < {"int8": 0.3, "int4": 1.6}[mode]
 
@@ -275,7 +288,9 @@ def test_layers_on_their_own(mode):
     linear.quantize(mode)
     x = np.random.standard_normal((3, 10)).astype("float32")
     expected = x @ by_hand(ops.convert_to_numpy(linear.kernel), ops.convert_to_numpy(linear.kernel_scale), mode).T
-    np.testing.assert_allclose(ops.convert_to_numpy(linear(x)), expected, atol=1e-5)
+    # int8: half a step of a row's largest, times the sum of a row of weights: 10 of up to 1, of rows up to 3.
+    error = {"int8": 0.5 / 8_100 * 3 * 10, "int4": 1e-5}[mode]
+    np.testing.assert_allclose(ops.convert_to_numpy(linear(x)), expected, atol=error)
     copy = Linear.from_config(linear.get_config())
     copy.build((None, 10))
     copy.set_weights(linear.get_weights())
@@ -288,7 +303,7 @@ def test_layers_on_their_own(mode):
     found = ops.convert_to_numpy(embedding(np.array([[0, 10, 3, 11, -1]])))[0]
     np.testing.assert_allclose(found[:3], rows[[0, 10, 3]] * math.sqrt(10), rtol=1e-6, atol=1e-7)
     assert np.isnan(found[3:]).all()
-    np.testing.assert_allclose(ops.convert_to_numpy(embedding(x, reverse=True)), x @ rows.T, atol=1e-5)
+    np.testing.assert_allclose(ops.convert_to_numpy(embedding(x, reverse=True)), x @ rows.T, atol=error)
 
     block = DecoderBlock(Gemma2Backbone(**TINY).config)
     block.build((None, None, TINY["hidden_dim"]))
@@ -298,9 +313,8 @@ def test_layers_on_their_own(mode):
     assert [(v.shape, v.dtype) for v in copy.weights] == [(v.shape, v.dtype) for v in block.weights]
 
 
-@pytest.mark.backend_free
 def test_perplexity_of_the_embedded_preset():
-    """Measured 50.66 in float32, 50.55 in int8 and 51.48 in int4 on a text of the preset's kind; no tuning on either side."""
+    """Measured 44.21 in float32, 44.12 in int8 and 44.55 in int4 on a text of the preset's kind; no tuning on either side."""
     found = {}
     for mode in (None, *MODES):
         lm = Gemma2CausalLM.from_preset("gemma2_mini_en", quantize=mode)
@@ -376,7 +390,7 @@ def test_keras_files(quantized, tmp_path):
 
 def test_exports_hold_floats(quantized, tmp_path):
     """Other formats get the floats that the codes stand for."""
-    _, lm, _ = quantized
+    mode, lm, _ = quantized
     lm.export_to_transformers(tmp_path / "hf")
     lm.backbone.save_to_preset(tmp_path / "quantized")
     convert(tmp_path / "quantized", tmp_path / "converted", to="hf")
@@ -389,7 +403,7 @@ def test_exports_hold_floats(quantized, tmp_path):
         for path, weight in found.named_weights().items():
             np.testing.assert_array_equal(ops.convert_to_numpy(weight), expected[path].astype("float32"), err_msg=f"{name} {path}")
     theirs = oracle.transformers.Gemma2ForCausalLM.from_pretrained(tmp_path / "hf", dtype="float32", attn_implementation="eager")
-    np.testing.assert_allclose(logits(lm, [PROMPT])[0], oracle.hugging_face_logits(theirs, [PROMPT])[0], atol=2e-5)
+    np.testing.assert_allclose(logits(lm, [PROMPT])[0], oracle.hugging_face_logits(theirs, [PROMPT])[0], atol=LOGITS_ERROR[mode])
 
 
 def test_export_to_keras_hub(tmp_path):
@@ -403,7 +417,6 @@ def test_export_to_keras_hub(tmp_path):
         np.testing.assert_array_equal(ops.convert_to_numpy(found.named_weights()[path]), expected.astype("float32"))
 
 
-@pytest.mark.backend_free
 def test_info_and_verify(tmp_path, capsys):
     Gemma2CausalLM.from_preset("gemma2_mini_en", quantize="int8").save_to_preset(tmp_path)
     assert cli.main(["info", str(tmp_path)]) == 0

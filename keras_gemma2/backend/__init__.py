@@ -24,6 +24,7 @@ FUNCTIONS = (
     "attention_dtype",
     "is_concrete",
     "compile_function",
+    "repeated",
     "no_gradients",
 )
 
@@ -49,4 +50,5 @@ cache_dtype = _module.cache_dtype
 attention_dtype = _module.attention_dtype
 is_concrete = _module.is_concrete
 compile_function = _module.compile_function
+repeated = _module.repeated
 no_gradients = _module.no_gradients

@@ -27,11 +27,16 @@ def linear(x: jax.Array, kernel: Any, dtype: str, float32_output: bool = False) 
     """
     out_dtype = jnp.float32 if float32_output else x.dtype
     words = jax_words.words_of(kernel)
-    if words is not None and dtype in ("float32", keras.backend.standardize_dtype(kernel.dtype)):
+    if words is not None and dtype != "bfloat16" and dtype in ("float32", keras.backend.standardize_dtype(kernel.dtype)):
         return jax_words.linear_in_blocks(x, words).astype(out_dtype)
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
     kernel = keras.ops.convert_to_tensor(kernel, dtype=dtype)
-    return jax.lax.dot_general(x, kernel, contract_last, preferred_element_type=out_dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    sums_dtype = out_dtype
+    if dtype == "bfloat16" and jax.default_backend() == "cpu":
+        # For any other dtype of sums, or for one row, XLA would widen the kernel as a whole first.
+        sums_dtype, rows = jnp.float32, jnp.concatenate([rows, rows]) if len(rows) == 1 else rows
+    out = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=sums_dtype)
+    return out[: x.size // x.shape[-1]].astype(out_dtype).reshape(*x.shape[:-1], kernel.shape[0])
 
 
 def quantized_linear(x: jax.Array, codes: Any, scales: Any, mode: str, float32_output: bool = False) -> jax.Array:
@@ -140,14 +145,20 @@ def no_gradients() -> contextlib.AbstractContextManager:
 def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
     """Compiles `function(donated, *args)`, which reads `variables`; the first argument's buffers are reused for outputs."""
 
-    def stateless(arrays: list[jax.Array], donated: Any, *args: Any) -> Any:
-        values = [jax_words.as_value(array, variable.dtype) for array, variable in zip(arrays, variables)]
-        with jax_words.words_scope(variables, arrays), keras.StatelessScope(state_mapping=list(zip(variables, values))):
+    def stateless(values: list[jax.Array], words: list[jax.Array], donated: Any, *args: Any) -> Any:
+        with jax_words.words_scope(variables, words), keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return function(donated, *args)
 
-    compiled = jax.jit(stateless, donate_argnums=1)
+    compiled = jax.jit(stateless, donate_argnums=2)
 
     def call(donated: Any, *args: Any) -> Any:
-        return compiled([jax_words.as_words(variable.value) for variable in variables], donated, *args)
+        values = [variable.value for variable in variables]
+        return compiled(values, [jax_words.as_words(value) for value in values], donated, *args)
 
     return call
+
+
+def repeated(function: Callable, name: str) -> Callable:
+    """The function itself: inside a compiled function it is compiled with the rest."""
+    del name
+    return function

@@ -29,7 +29,7 @@ def blocked_product(x: jax.Array, arrays: Arrays, widen: Widen) -> jax.Array:
         widen: makes the matrix, or a block of its rows from the same rows of the arrays. XLA's CPU compiler is slow at putting
             columns side by side, so they may come in parts.
     """
-    cpu, default = functools.partial(_in_blocks, widen), functools.partial(_whole, widen)
+    cpu, default = functools.partial(_in_blocks, widen), functools.partial(whole, widen)
     return lax.platform_dependent(x, arrays, cpu=cpu, default=default)
 
 
@@ -39,14 +39,19 @@ def _forward(x: jax.Array, arrays: Arrays, widen: Widen) -> tuple[jax.Array, tup
 
 def _backward(widen: Widen, kept: tuple, upstream: jax.Array) -> tuple:
     like, arrays = kept
+    return gradient_to_rows(widen, upstream, arrays).astype(like.dtype), None
+
+
+def gradient_to_rows(widen: Widen, upstream: jax.Array, arrays: Arrays) -> jax.Array:
+    """The gradient `[R, in]` with respect to the rows of such a product, from that with respect to its result `[R, out]`."""
     cpu, default = functools.partial(_to_x_in_blocks, widen), functools.partial(_to_x_whole, widen)
-    return lax.platform_dependent(upstream, arrays, cpu=cpu, default=default).astype(like.dtype), None
+    return lax.platform_dependent(upstream, arrays, cpu=cpu, default=default)
 
 
 blocked_product.defvjp(_forward, _backward)
 
 
-def _whole(widen: Widen, x: jax.Array, arrays: Arrays) -> jax.Array:
+def whole(widen: Widen, x: jax.Array, arrays: Arrays) -> jax.Array:
     """For compilers that fuse the widening into the product."""
     weight = jnp.concatenate(widen(*arrays), axis=1).astype(x.dtype)
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

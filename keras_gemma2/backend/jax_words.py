@@ -1,8 +1,8 @@
-"""Half-precision weights on XLA's CPU backend, and bfloat16 ones handed to compiled code as the 16-bit words they are.
+"""Half-precision weights on XLA's CPU backend, and bfloat16 ones handed to compiled code as the 16-bit words they are, too.
 
-XLA's CPU compiler widens a bfloat16 parameter to float32 as a whole, before anything else and slowly: for all weights at once, so
-that a model takes three times its memory. The same memory seen as words is left alone; products then widen a block of
-rows at a time, which stays in cache. float16 parameters are left alone as they are.
+XLA's CPU compiler has products for bfloat16, but to take rows of a bfloat16 table it widens the table as a whole first, slowly. The
+same memory seen as words is left alone. float16 matrices are widened for products, too: there, a block of rows at a time, which
+stays in cache.
 """
 
 from __future__ import annotations
@@ -46,11 +46,6 @@ def _forget(key: int, gone: weakref.ref) -> None:
     # The id may already belong to a newer array.
     if key in _ALIASES and _ALIASES[key][0] is gone:
         del _ALIASES[key]
-
-
-def as_value(array: jax.Array, dtype: Any) -> jax.Array:
-    """What `as_words` was given, inside compiled code."""
-    return array if array.dtype == dtype else lax.bitcast_convert_type(array, dtype)
 
 
 @contextlib.contextmanager

@@ -23,11 +23,11 @@ def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) 
         dtype: what the kernel is used in.
         float32_output: whether to return the sums in float32.
     """
-    units, words = kernel.shape[0], tensorflow_words.words_of(kernel)
+    units, value = kernel.shape[0], tensorflow_words.value_of(kernel)
     # One large product of rows: a batched matmul with a shared right side would broadcast the kernel.
     rows = tf.reshape(x, (-1, kernel.shape[1]))
-    if words is not None and dtype in ("float32", "bfloat16"):
-        out = tensorflow_blocks.product_in_blocks(rows, (words,), _widened_words)
+    if value is not None and dtype == "bfloat16":
+        out = tensorflow_words.dot(tf.cast(rows, tf.bfloat16), value, tf.float32)
     else:
         kernel = tf.convert_to_tensor(keras.ops.convert_to_tensor(kernel, dtype=dtype))  # Keras leaves a variable one
         half = kernel.dtype in (tf.bfloat16, tf.float16) and not tf.config.list_logical_devices("GPU")
@@ -51,10 +51,6 @@ def _linear_in_blocks(rows: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Ca
 
 def _widened(kernel: tf.Tensor) -> list[tf.Tensor]:
     return [tf.cast(kernel, tf.float32)]
-
-
-def _widened_words(words: tf.Tensor) -> list[tf.Tensor]:
-    return [tensorflow_words.widened(words)]
 
 
 def quantized_linear(x: tf.Tensor, codes: Any, scales: Any, mode: str, float32_output: bool = False) -> tf.Tensor:
@@ -160,14 +156,20 @@ def compile_function(function: Callable, variables: list[keras.Variable]) -> Cal
     """
     kept = tensorflow_words.kept_as_words(variables)  # the others are captured by the graph
 
-    def with_words(words: list[tf.Tensor], donated: Any, *args: Any) -> Any:
-        with tensorflow_words.words_scope(kept, words):
+    def in_scope(tensors: list[tuple[tf.Tensor, tf.Tensor]], donated: Any, *args: Any) -> Any:
+        with tensorflow_words.xla_scope(kept, tensors):
             return function(donated, *args)
 
-    compiled = tf.function(with_words, autograph=False, jit_compile=True)
+    compiled = tf.function(in_scope, autograph=False, jit_compile=True)
 
     def call(donated: Any, *args: Any) -> Any:
-        # Made outside of what XLA compiles: there it would not stop XLA from widening the variable as a whole.
-        return compiled([tensorflow_words.as_words(variable) for variable in kept], donated, *args)
+        # Words made outside of what XLA compiles: there they would not stop XLA from widening the variable as a whole.
+        return compiled([tensorflow_words.with_words(variable) for variable in kept], donated, *args)
 
     return tf.function(call, autograph=False)
+
+
+def repeated(function: Callable, name: str) -> Callable:
+    """The function itself: inside a compiled function it is compiled with the rest."""
+    del name
+    return function

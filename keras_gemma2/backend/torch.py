@@ -13,7 +13,7 @@ import torch
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.torch.core import get_device, to_torch_dtype
 
-from keras_gemma2.backend import torch_packed, torch_products, torch_quantized
+from keras_gemma2.backend import torch_packed, torch_products, torch_quantized, torch_tapes
 from keras_gemma2.backend.memory import gather_rows
 
 
@@ -73,11 +73,13 @@ def untouched_tensor(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) -> None:
     """Replaces a variable's value by consecutive blocks of rows; its old memory goes, where `assign` would copy into it."""
     variable.value.data = tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype)
+    torch_tapes.drop_all()
 
 
 def release(variable: keras.Variable) -> None:
     """Frees the memory of a variable that a layer has given up; modules above it still list its parameter."""
     variable.value.data = torch.empty(0, dtype=variable.value.dtype, device=variable.value.device)
+    torch_tapes.drop_all()
 
 
 def _numpy_dtype(dtype: str) -> np.dtype:
@@ -142,11 +144,23 @@ def no_gradients() -> contextlib.AbstractContextManager:
 
 
 def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
-    """Runs `function(donated, *args)` without recording gradients; PyTorch needs no compilation to run fast here."""
-    del variables  # read where they are
+    """Runs `function(donated, *args)` without recording gradients; what it has `repeated` runs from tapes, which are kept."""
+    tapes = torch_tapes.Tapes(variables)
 
     def call(donated: Any, *args: Any) -> Any:
-        with torch.no_grad():
+        torch_packed.pack_ahead(variables)
+        with torch.no_grad(), tapes.in_use():
             return function(donated, *args)
 
     return call
+
+
+def repeated(function: Callable, name: str) -> Callable:
+    """A function of nested tensors, run many times, as fast as can be inside a compiled function.
+
+    Args:
+        function: its operations depend on the shapes of its arguments, and on values only where it looks at them. It may write to
+            tensors, but must be safe to start again from its beginning.
+        name: tells it from others that a compiled function repeats.
+    """
+    return torch_tapes.repeated(function, name)

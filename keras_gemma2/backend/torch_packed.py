@@ -7,13 +7,17 @@ good, and the next product packs it again. Only a table that rows are taken of, 
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import threading
+from collections.abc import Iterable
 from typing import Any
 
+import keras
 import torch
 
-from keras_gemma2.backend.torch_int8 import FEW_ROWS, PackedInt8
+from keras_gemma2.backend import torch_tapes
+from keras_gemma2.backend.torch_int8 import ROWS_A_PIECE, PackedInt8
 
 MIN_ELEMENTS = 1 << 13  # smaller matrices are left alone
 _LOCK = threading.Lock()
@@ -38,8 +42,8 @@ class PackedCodes(torch.nn.Parameter):
         return plain(self).__reduce_ex__(protocol)
 
 
-def packed_codes(codes: torch.Tensor, scales: torch.Tensor, mode: str, count: int) -> Any:
-    """The packed form of a parameter, made at its first product with `count` few rows; None if it has none."""
+def packed_codes(codes: torch.Tensor, scales: torch.Tensor, mode: str) -> Any:
+    """The packed form of a parameter, made at its first product; None if it has none."""
     if type(codes) is PackedCodes:
         return codes.__dict__.get("packed")
     if type(codes) is not torch.nn.Parameter:
@@ -47,14 +51,28 @@ def packed_codes(codes: torch.Tensor, scales: torch.Tensor, mode: str, count: in
     found = codes.__dict__.get("packed")
     if found is not None and codes.__dict__.get("packed_from") == _state(codes):
         return found
-    if mode != "int8" or count > FEW_ROWS or codes.numel() < MIN_ELEMENTS or not _is_ordinary(codes) or not _is_ordinary(scales):
+    if mode != "int8" or not _can_pack(codes) or not _is_ordinary(scales):
         return None
-    if not PackedInt8.takes(codes):
-        return None
-    with _LOCK, torch.inference_mode(False), torch.no_grad():
-        if type(codes) is torch.nn.Parameter:
-            _pack(codes)
+    _pack(codes)
     return codes.__dict__.get("packed")
+
+
+def pack_ahead(variables: Iterable[keras.Variable]) -> None:
+    """Packs the int8 matrices among some variables, as many at a time as there are threads: packing is slow.
+
+    Those with many rows are left for their first product, where their pieces are packed at the same time; by then it is known
+    whether rows are taken of them, too.
+    """
+    parameters = [variable.value for variable in variables if variable.dtype == "int8"]
+    unpacked = [codes for codes in parameters if type(codes) is torch.nn.Parameter and _can_pack(codes)]
+    unpacked = [codes for codes in unpacked if len(codes) <= ROWS_A_PIECE and "packed" not in codes.__dict__]
+    if unpacked:
+        with concurrent.futures.ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(_pack, unpacked))
+
+
+def _can_pack(codes: torch.Tensor) -> bool:
+    return codes.numel() >= MIN_ELEMENTS and _is_ordinary(codes) and PackedInt8.takes(codes)
 
 
 def _is_ordinary(tensor: torch.Tensor) -> bool:
@@ -62,7 +80,18 @@ def _is_ordinary(tensor: torch.Tensor) -> bool:
 
 
 def _pack(codes: torch.nn.Parameter) -> None:
-    packed = PackedInt8(codes.detach())
+    with torch.inference_mode(False), torch.no_grad():
+        with _LOCK:
+            if type(codes) is not torch.nn.Parameter:
+                return
+            state, values = _state(codes), codes.detach()
+        packed = PackedInt8(values)
+        with _LOCK:
+            if type(codes) is torch.nn.Parameter and _state(codes) == state:  # nobody was sooner, or changed it
+                _take(codes, packed)
+
+
+def _take(codes: torch.nn.Parameter, packed: PackedInt8) -> None:
     if codes.__dict__.get("is_kept_plain"):
         codes.packed_from, codes.packed = _state(codes), packed
         return
@@ -85,6 +114,7 @@ def plain(codes: Any) -> Any:
                 codes.data = unpacked
             codes.__class__ = torch.nn.Parameter
             del codes.__dict__["packed"]
+            torch_tapes.drop_all()
     return codes
 
 

@@ -31,7 +31,7 @@ def _packed_product(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tenso
         return None
     if torch.is_grad_enabled() and rows.requires_grad:
         return None
-    packed = packed_codes(codes, scales, mode, rows.shape[0])
+    packed = packed_codes(codes, scales, mode)
     return None if packed is None else packed.product(rows, scales)
 
 

@@ -24,7 +24,7 @@ from keras_gemma2.benchmarks import machine
 from keras_gemma2.benchmarks.folder_to_gguf import TYPES, gguf_path, write_gguf
 from keras_gemma2.benchmarks.generate_cases import CASES, Settings
 from keras_gemma2.benchmarks.generate_child import CONTENDERS, measure
-from keras_gemma2.benchmarks.generate_table import TITLES, header, line
+from keras_gemma2.benchmarks.generate_table import MAIN, TITLES, header, line
 from keras_gemma2.benchmarks.load import write_random_folder
 from keras_gemma2.benchmarks.processes import BACKENDS, WIDTHS_2B, in_fresh_process
 from keras_gemma2.config import Gemma2Config
@@ -54,6 +54,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--layers", type=int, default=4, help=f"{LAYERS_2B} is the whole 2B (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="rows of the decode case (default: %(default)s)")
     parser.add_argument("--context", type=int, default=32, help="tokens of its prompts (default: %(default)s)")
+    rounds = "on a machine with others on it, runs all in turn so often and prints each one's best (default: %(default)s)"
+    parser.add_argument("--rounds", type=int, default=1, help=rounds)
     parser.add_argument("--folder", help="keep the random checkpoint here, or use the one that is here")
     parser.add_argument("--json", help="append what was measured to this file, a line each")
     parser.add_argument("--quick", action="store_true", help="a narrow model and short texts: tries the command, measures nothing")
@@ -74,8 +76,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"{machine.device_name()}: {rates}")
         for case in options.case or [name for name in CASES if name != "whole" or options.layers >= LAYERS_2B]:
             print(f"\n{TITLES[case].format(**vars(options))}\n\n{header(case)}", flush=True)
-            for who, backend, dtype in _contenders(options, case, peers):
-                _print_row(options, folder, case, who, backend, dtype, limits)
+            contenders = list(_contenders(options, case, peers))
+            for dtype in dict.fromkeys(dtype for *_, dtype in contenders):
+                _print_rows(options, folder, case, [each for each in contenders if each[2] == dtype], limits)
 
 
 def _contenders(options: argparse.Namespace, case: str, peers: list[str]) -> Iterator[tuple[str, str, str]]:
@@ -95,9 +98,26 @@ def _contenders(options: argparse.Namespace, case: str, peers: list[str]) -> Ite
             yield "llama_cpp", "", dtype
 
 
-def _print_row(
-    options: argparse.Namespace, folder: str, case: str, who: str, backend: str, dtype: str, limits: dict[str, float]
+def _print_rows(
+    options: argparse.Namespace, folder: str, case: str, contenders: list[tuple[str, str, str]], limits: dict[str, float]
 ) -> None:
+    """Runs contenders in turn, as many rounds as asked for, and prints the best of each."""
+    best: dict[tuple[str, str, str], dict[str, float]] = {}
+    for last in [False] * (options.rounds - 1) + [True]:
+        for contender in contenders:
+            row = _measured(options, folder, case, *contender)
+            if row and (contender not in best or row[MAIN[case]] < best[contender][MAIN[case]]):
+                best[contender] = row
+            if last and contender in best:
+                print(line(case, *contender, {**limits, **best[contender]}), flush=True)
+    if options.json:
+        with open(options.json, "a", encoding="utf-8") as file:
+            for (who, backend, dtype), row in best.items():
+                file.write(json.dumps({"case": case, "who": who, "backend": backend, "dtype": dtype, **limits, **row}) + "\n")
+
+
+def _measured(options: argparse.Namespace, folder: str, case: str, who: str, backend: str, dtype: str) -> dict[str, float] | None:
+    """What one contender's process found; None, and a line that says why, if it failed."""
     if who == "llama_cpp":
         write_gguf(folder, dtype)
         _warm(gguf_path(folder, dtype))
@@ -107,12 +127,8 @@ def _print_row(
         row = in_fresh_process("generate", backend or "torch", *arguments)
     except SystemExit as error:  # one contender's failure should not cost the others' figures
         print(f"| {who} | {backend} | {dtype} | failed: {str(error).strip().splitlines()[-1]} |", flush=True)
-        return
-    row = {**limits, **row, "wall": time.perf_counter() - start, "batch": options.batch}
-    print(line(case, who, backend, dtype, row), flush=True)
-    if options.json:
-        with open(options.json, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"case": case, "who": who, "backend": backend, "dtype": dtype, **row}) + "\n")
+        return None
+    return {**row, "wall": time.perf_counter() - start, "batch": options.batch}
 
 
 def _child(options: argparse.Namespace) -> dict[str, float]:

@@ -23,6 +23,9 @@ TITLES = {
     "cache": "Cache of one row at the whole context of 8192",
     "whole": "From a cold start: imports, loading, compiling, 16 tokens of prompt and 8 new ones",
 }
+# What makes a round the best: seconds, or bytes.
+MAIN = {"decode": "token", "first_token": "first", "cache": "bytes", "whole": "wall"}
+MAIN.update(dict.fromkeys(("ragged", "prefill_4096", "prefill_512"), "seconds"))
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "decode": (
         _LOAD,

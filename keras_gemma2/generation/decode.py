@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from keras import ops
 
+from keras_gemma2 import backend
 from keras_gemma2.cache import Cache, LayerCache, Tokens
 from keras_gemma2.generation.drawing import log_probability
 from keras_gemma2.generation.sampler import choose
@@ -99,6 +101,16 @@ def decode_step(backbone: Any, caches: list[Cache], token_ids: Any, positions: A
     return backbone.layer_norm(x)[:, 0], caches
 
 
+def next_logits(backbone: Any, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[Any, list[Cache]]:
+    """As `decode_step`, but gives the float32 logits `[B, V]` of the tokens that follow; fast where it runs again and again."""
+
+    def step(caches: list[Cache], token_ids: Any, positions: Any) -> tuple[Any, list[Cache]]:
+        hidden, caches = decode_step(backbone, caches, token_ids, positions)
+        return backbone.token_embedding(hidden, reverse=True), caches
+
+    return backend.repeated(step, "next_logits")(caches, token_ids, positions)
+
+
 @dataclasses.dataclass(frozen=True)
 class Choosing:
     """How tokens are chosen and when rows end; all but `key` are arguments of the compiled functions.
@@ -116,14 +128,13 @@ class Choosing:
 
 
 def choose_next(
-    backbone: Any, choosing: Choosing, hidden: Any, marks: Any, positions: Any, open_rows: Any, uniforms: Any
+    choosing: Choosing, logits: Any, marks: Any, positions: Any, open_rows: Any, uniforms: Any
 ) -> tuple[Any, Any, Any, Any]:
     """Each open row's next token.
 
     Args:
-        backbone: a `Gemma2Backbone`.
         choosing: how.
-        hidden: `[B, D]`, after the final norm.
+        logits: float32 `[B, V]`.
         marks: of the sampler: which tokens each row has had.
         positions: int32 `[B]`, where the next tokens will stand.
         open_rows: bool `[B]`.
@@ -133,7 +144,6 @@ def choose_next(
         int32 tokens `[B]` (`CLOSED` or `NOT_A_NUMBER` where there is none), their float32 log-probabilities, the marks, and which
         rows are still open.
     """
-    logits = backbone.token_embedding(hidden, reverse=True)
     chosen, marks = choose(choosing.key, choosing.arrays, marks, logits, uniforms)
     known = chosen >= 0
     logprobs = log_probability(logits, ops.maximum(chosen, 0))
@@ -169,26 +179,47 @@ def decode_loop(
         The state, tokens int32 `[B, STEPS]` (`CLOSED` where none was chosen), log-probabilities float32 `[B, STEPS]`, and the rows
         still open.
     """
-    batch, column = ops.shape(token_ids)[0], ops.arange(STEPS, dtype="int32")[None, :]
+    arrays, stop_token_ids, limits = choosing.arrays, choosing.stop_token_ids, choosing.limits
 
-    def step(i: Any, state: Any, token_ids: Any, positions: Any, open_rows: Any, chosen: Any, logprobs: Any) -> tuple:
-        caches, marks = state
-        hidden, caches = decode_step(backbone, caches, token_ids, positions)
-        was_open = open_rows
-        positions = ops.where(was_open, positions + 1, positions)
-        tokens, logprob, marks, open_rows = choose_next(
-            backbone, choosing, hidden, marks, positions, was_open, ops.take(uniforms, i, axis=0)
-        )
-        # Rows that have ended run along in place, on their last token: what they compute is not read.
-        token_ids = ops.where(tokens >= 0, tokens, token_ids)
-        here = column == i
-        chosen, logprobs = ops.where(here, tokens[:, None], chosen), ops.where(here, logprob[:, None], logprobs)
-        return i + 1, (caches, marks), token_ids, positions, open_rows, chosen, logprobs
+    def step(i: Any, *variables: Any) -> tuple:
+        return run(arrays, stop_token_ids, limits, uniforms, i, *variables)
 
     def goes_on(i: Any, *variables: Any) -> Any:
         return ops.logical_and(i < steps, ops.any(variables[3]))
 
-    nothing = ops.full((batch, STEPS), CLOSED, "int32")
-    start = (ops.zeros((), "int32"), state, token_ids, positions, open_rows, nothing, ops.zeros((batch, STEPS), "float32"))
+    run = functools.partial(_run_and_choose, backbone, choosing.key)
+    if not choosing.key.sampled:  # filters look at values that differ from token to token
+        run = backend.repeated(run, "step")
+    nothing = ops.full((ops.shape(token_ids)[0], STEPS), CLOSED, "int32")
+    no_logprobs = ops.zeros_like(nothing, dtype="float32")
+    start = (ops.zeros((), "int32"), state, token_ids, positions, open_rows, nothing, no_logprobs)
     _, state, _, _, open_rows, chosen, logprobs = ops.while_loop(goes_on, step, start)
     return state, chosen, logprobs, open_rows
+
+
+def _run_and_choose(
+    backbone: Any,
+    key: Any,
+    arrays: Any,
+    stop_token_ids: Any,
+    limits: Any,
+    uniforms: Any,
+    i: Any,
+    state: Any,
+    token_ids: Any,
+    positions: Any,
+    open_rows: Any,
+    chosen: Any,
+    logprobs: Any,
+) -> tuple:
+    """Step `i` of `decode_loop`: what changes in it, after what does not."""
+    caches, marks = state
+    logits, caches = next_logits(backbone, caches, token_ids, positions)
+    positions = ops.where(open_rows, positions + 1, positions)
+    choosing = Choosing(key, arrays, stop_token_ids, limits)
+    tokens, logprob, marks, open_rows = choose_next(choosing, logits, marks, positions, open_rows, ops.take(uniforms, i, axis=0))
+    # Rows that have ended run along in place, on their last token: what they compute is not read.
+    token_ids = ops.where(tokens >= 0, tokens, token_ids)
+    here = ops.arange(STEPS, dtype="int32")[None, :] == i
+    chosen, logprobs = ops.where(here, tokens[:, None], chosen), ops.where(here, logprob[:, None], logprobs)
+    return i + 1, (caches, marks), token_ids, positions, open_rows, chosen, logprobs

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_gemma2 import backend
 from keras_gemma2.cache import Cache, Tokens, copied_caches, empty_caches
-from keras_gemma2.generation.decode import Choosing, choose_next, decode_loop, decode_step, extend_prompts, score_prompts
+from keras_gemma2.generation.decode import Choosing, choose_next, decode_loop, extend_prompts, next_logits, score_prompts
 
 CHUNK = 512  # tokens of a prompt that run at a time: enough to keep the products busy, few enough to keep what they hold small
 TOKENS_A_CALL = 1024  # of several rows' prompts together
@@ -173,7 +173,7 @@ class Runner:
 
             def run(marks: Any, arrays: Any, stops: Any, limits: Any, hidden: Any, *rest: Any) -> Any:
                 chosen = Choosing(choosing.key, arrays, stops, limits)
-                return choose_next(self.backbone, chosen, hidden, marks, *rest)
+                return choose_next(chosen, self._head(hidden), marks, *rest)
 
             self._first[choosing.key] = self._compiled(run)
         arguments = _tensors(positions, open_rows, uniforms)
@@ -202,8 +202,7 @@ class Runner:
 
     def step_function(self, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[Any, list[Cache]]:
         """`step`, not compiled, for loops that are traced as a whole."""
-        hidden, caches = decode_step(self.backbone, caches, token_ids, positions)
-        return self._head(hidden), caches
+        return next_logits(self.backbone, caches, token_ids, positions)
 
     def _head(self, hidden: Any) -> Any:
         return self.backbone.token_embedding(hidden, reverse=True)

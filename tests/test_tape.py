@@ -1,0 +1,218 @@
+"""Tapes of PyTorch operations: they do what the recorded function does. PyTorch only (see conftest.py)."""
+
+import gc
+import weakref
+
+import keras
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from keras import ops
+
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Sampler, backend
+from keras_gemma2.backend import torch_tapes
+from keras_gemma2.backend.torch_tape import Diverged, record
+from keras_gemma2.generation.decode import next_logits
+
+
+def tensors(seed, *shapes):
+    generator = np.random.default_rng(seed)
+    return [torch.tensor(generator.normal(size=shape).astype("float32")) for shape in shapes]
+
+
+def assert_same(function, first, *others):
+    """Recorded with some arguments, the tape gives what the function gives for others; arguments are written to alike."""
+    _, tape = record(lambda: function(*first), first)
+    for arguments in (first, *others):
+        copies = [argument.clone() for argument in arguments]
+        expected, found = function(*copies), tape(*arguments)
+        assert len(found) == len(expected)
+        for one, other in zip((*found, *arguments), (*expected, *copies)):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    return tape
+
+
+@torch.no_grad()
+def test_what_is_the_same_each_time_is_done_once():
+    weight = tensors(0, (4, 4))[0]
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        table = torch.arange(4).float() * weight.sum()  # of constants
+        unused = torch.sin(x)
+        del unused
+        return [(x * 2.0 + 1.0) @ weight + table, (x * 2.0 + 1.0).half()]
+
+    tape = assert_same(function, tensors(1, (3, 4)), tensors(2, (3, 4)))
+    names = tape.__code__.co_varnames
+    # x; x * 2, + 1, @, + table, half
+    assert len(names) == 6, names
+
+
+@torch.no_grad()
+def test_writes_and_views():
+    """Views of what is written to are read where they were read, not earlier, and not once for two times."""
+
+    def function(cache, x):
+        view = cache[1:3]
+        before = view.sum()
+        cache[1] = x
+        after = view.sum()
+        fresh = torch.zeros(4)
+        fresh.add_(x)
+        first, second = fresh.sum(), None
+        fresh.mul_(2)
+        second = fresh.sum()
+        return [before, after, first, second, cache]
+
+    assert_same(function, tensors(1, (4, 4), (4,)), tensors(2, (4, 4), (4,)), tensors(3, (4, 4), (4,)))
+
+
+@torch.no_grad()
+def test_constants_that_are_written_to_are_read_anew():
+    count = torch.zeros(())
+
+    def function(x):
+        count.add_(1)
+        return [x * count]
+
+    _, tape = record(lambda: function(torch.ones(2)), [torch.ones(2)])
+    x = torch.ones(2)
+    _, tape = record(lambda: function(x), [x])
+    assert [tape(x)[0][0].item() for _ in range(3)] == [3, 4, 5]
+
+
+@torch.no_grad()
+def test_infinities_and_other_arguments():
+    def function(x):
+        norm = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True)
+        filled = torch.where(x > 0, x, -torch.inf)
+        parts = filled.split([1, 3], dim=1)
+        return [norm, *parts, torch.full_like(x, torch.nan), x.to(torch.bfloat16).float(), x.double() * 0.1, x * 0.1]
+
+    assert_same(function, tensors(1, (3, 4)), tensors(2, (3, 4)))
+
+
+@torch.no_grad()
+def test_answers_are_asked_again():
+    def function(x):
+        return [x * 2 if x.sum() > 0 else x * 3]
+
+    _, tape = record(lambda: function(torch.ones(2)), [torch.ones(2)])
+    x = torch.ones(2)
+    _, tape = record(lambda: function(x), [x])
+    assert tape(torch.ones(2))[0].tolist() == [2, 2]
+    with pytest.raises(Diverged):
+        tape(-torch.ones(2))
+
+
+def test_runs_that_look_at_values_get_a_tape_each():
+    runs = []
+
+    def function(x):
+        runs.append(1)
+        return x * int(x[0])
+
+    compiled = backend.compile_function(lambda unused, x: backend.repeated(function, "function")(x), [])
+    for value in (1.0, 2.0, 1.0, 2.0, 1.0):
+        assert compiled((), torch.full((2,), value)).tolist() == [value * value] * 2
+    assert len(runs) == 2
+    for value in range(3, 30):  # more than are kept: runs as it is
+        assert compiled((), torch.full((2,), float(value)))[0].item() == value * value
+    assert len(runs) == 29
+    assert compiled((), torch.full((3,), 2.0)).tolist() == [4, 4, 4]  # another shape
+
+
+def model(seed=3, **overrides):
+    keras.utils.set_random_seed(seed)
+    return Gemma2CausalLM(Gemma2Backbone(**{**TINY, **overrides}))
+
+
+def tokens(rows):
+    rows = np.array(rows)
+    return {"token_ids": rows, "padding_mask": np.ones_like(rows)}
+
+
+def test_a_step_is_bit_by_bit_the_same():
+    """Past the window, and over several blocks of a cache."""
+    lm = model()
+    runner = lm.make_generate_function()
+    with torch.no_grad():
+        caches, _ = runner.prefill(runner.new_caches(2, 40), [[2, 5, 7, 9], [2, 11]])
+        copies = [tuple(part.clone() for part in cache) for cache in caches]
+        compiled = backend.compile_function(
+            lambda caches, ids, positions: next_logits(lm.backbone, caches, ids, positions), lm.backbone.variables
+        )
+        for step in range(30):
+            ids, positions = torch.tensor([3 + step, 50 - step]).int(), torch.tensor([4 + step, 2 + step]).int()
+            expected, copies = next_logits(lm.backbone, copies, ids, positions)
+            found, caches = compiled(caches, ids, positions)
+            assert torch.equal(found, expected)
+    for one, other in zip(caches, copies):
+        # All but the slot that nothing is read of.
+        assert all(torch.equal(a[:, :, :-1], b[:, :, :-1]) for a, b in zip(one, other))
+
+
+def recordings(monkeypatch):
+    """The number of tapes recorded from here on."""
+    found, original = [], torch_tapes.record
+
+    def counted(*args):
+        found.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(torch_tapes, "record", counted)
+    return found
+
+
+def test_nothing_is_recorded_twice(monkeypatch):
+    lm, found = model(), recordings(monkeypatch)
+    lm.generate(tokens([[2, 5, 7]]), max_new_tokens=5, stop_token_ids=None)
+    assert len(found) == 1
+    lm.generate(tokens([[2, 5, 7, 8, 9, 4]]), max_new_tokens=12, stop_token_ids=None)
+    list(lm.stream(tokens([[2, 9]]), max_new_tokens=7, stop_token_ids=None))
+    assert len(found) == 1
+    for seed, top_k in ((1, 5), (2, 9)):
+        sampler = Sampler(temperature=0.7, top_k=top_k)
+        lm.generate(tokens([[2, 5, 7]]), max_new_tokens=5, stop_token_ids=None, sampler=sampler, seed=seed)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("change", ["assign", "fit", "in place", "quantize", "load"])
+def test_changed_weights_are_seen(change, tmp_path):
+    lm = model()
+    prompt = [2, 5, 7, 30, 12]
+    lm.generate(tokens([prompt]), max_new_tokens=6, stop_token_ids=None)
+    norm = lm.backbone.transformer_layers[1].post_ffw_norm.scale
+    if change == "assign":
+        norm.assign(ops.ones_like(norm) * 3)
+    elif change == "in place":
+        with torch.no_grad():
+            norm.value.mul_(-2).add_(1)
+    elif change == "fit":
+        lm.compile(optimizer=keras.optimizers.SGD(1.0))
+        lm.fit({"token_ids": np.array([prompt]), "padding_mask": np.ones((1, 5), "int32")}, verbose=0)
+    elif change == "quantize":
+        lm.quantize("int4")
+    else:
+        model(seed=4).save_weights(tmp_path / "other.weights.h5")
+        lm.load_weights(tmp_path / "other.weights.h5")
+    row = list(prompt)
+    with torch.no_grad():
+        while len(row) < len(prompt) + 6:
+            row.append(int(ops.argmax(lm(tokens([row]))[0, -1])))
+    out = lm.generate(tokens([prompt]), max_new_tokens=6, stop_token_ids=None)
+    assert out["token_ids"][0].tolist() == row
+
+
+def test_weights_given_up_are_freed():
+    """Tapes hold no memory of weights that are quantized, packed or unpacked."""
+    lm = model()
+    lm.generate(tokens([[2, 5, 7]]), max_new_tokens=3, stop_token_ids=None)
+    storage = weakref.ref(lm.backbone.transformer_layers[0].feed_forward.gate.kernel.value.untyped_storage())
+    lm.quantize("int8")
+    gc.collect()
+    assert storage() is None or not storage().nbytes()
