@@ -124,7 +124,8 @@ class Gemma2CausalLM(Generates, Scores, FromPreset, keras_hub.models.CausalLM):
         self.train_function = self.test_function = self.predict_function = None
         self._post_quantize(mode)
         if self.compiled and getattr(self.optimizer, "built", False):
-            self.compile_from_config(self.get_compile_config())
+            # The rest of what `compile` was given stays as it is: a loss that is a function cannot be made anew from a config.
+            self.optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
 
     @property
     def _is_quantized(self) -> bool:

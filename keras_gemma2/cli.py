@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
     add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
     add("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="default: %(default)s")
+    add("--quantize", choices=("int8", "int4"), help="keep the weights in fewer bits, from reading them on")
     _add_sampling(generate)
     add("--draft", metavar="PRESET", help="a smaller model that proposes tokens, or prompt_lookup; says on stderr how many it took")
     add("--strip-prompt", action="store_true", help="print the continuation without the prompt")
@@ -84,6 +86,7 @@ def _add_chat(commands) -> None:
     add("--load", metavar="FILE", help="go on with a conversation that /save wrote")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
     add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
+    add("--quantize", choices=("int8", "int4"), help="keep the weights in fewer bits, from reading them on")
     add(
         "--max-new-tokens", type=_at_least(int, 1), metavar="N", help="of an answer (default: 512, or a quarter of a small context)"
     )
@@ -173,17 +176,19 @@ def _generate(options: argparse.Namespace) -> int:
     _choose_backend(options.backend)
     from keras_gemma2 import Sampler
 
-    lm = _load(options.preset, options.dtype)
+    lm = _load(options.preset, options.dtype, options.quantize)
     draft = _load(options.draft, options.dtype) if has_model else options.draft
-    text = lm.generate(
+    pieces = lm.stream(
         options.prompt,
         max_new_tokens=options.max_new_tokens,
-        strip_prompt=options.strip_prompt,
         sampler=Sampler(temperature=options.temperature, top_k=options.top_k or None, top_p=options.top_p),
         seed=options.seed,
         draft=draft,
     )
-    print(text, flush=True)
+    prompt = lm.preprocessor.generate_postprocess(lm.preprocessor.generate_preprocess([options.prompt]))  # as `generate` returns it
+    for piece in itertools.chain([] if options.strip_prompt else prompt, pieces):
+        print(piece, end="", flush=True)
+    print(flush=True)
     if lm.generation_stats is not None:
         print(f"keras-gemma2: {lm.generation_stats}", file=sys.stderr)
     return 0
@@ -199,7 +204,7 @@ def _chat(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"argument --load: there is no file {options.load!r}")
     resolve(options.preset)  # before the seconds that a backend takes to import
     _choose_backend(options.backend)
-    return chat_command(_load(options.preset, options.dtype), options)
+    return chat_command(_load(options.preset, options.dtype, options.quantize), options)
 
 
 def _choose_backend(name: str | None) -> None:
@@ -212,12 +217,12 @@ def _choose_backend(name: str | None) -> None:
         raise ValueError(f"The backend {name!r} is not installed. Install it with: pip install {name}")
 
 
-def _load(preset: str, dtype: str | None):
+def _load(preset: str, dtype: str | None, quantize: str | None = None):
     import keras_gemma2
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The preset .* has no tokenizer")  # an error here, told next
-        lm = keras_gemma2.Gemma2CausalLM.from_preset(preset, dtype=dtype)
+        lm = keras_gemma2.Gemma2CausalLM.from_preset(preset, dtype=dtype, quantize=quantize)
     if lm.preprocessor is None:
         raise ValueError(f"The preset {preset!r} has no tokenizer, which text needs.")
     return lm

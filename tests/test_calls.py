@@ -308,5 +308,7 @@ def test_bad_prefixes(lm):
         lm.prefill([])
     with pytest.raises(ValueError, match="streams|one token at a time to stream"):
         lm.stream(PROMPT, sampler="beam")
+    with pytest.raises(ValueError, match="`return_logprobs` does not go with BeamSampler"):
+        lm.generate(PROMPT, sampler="beam", return_logprobs=True)
     with pytest.raises(ValueError, match="`prefix` does not go with BeamSampler"):
         lm.generate(" is", prefix=lm.prefill("The"), sampler="beam")

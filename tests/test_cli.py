@@ -45,6 +45,25 @@ def test_generate_prints_the_text_alone(capsys, small_preset):
     assert "The state of our union is" + capsys.readouterr().out == out
 
 
+def test_generate_is_what_the_model_returns(capsys, small_preset):
+    """Printed piece by piece, with the weights as they are and in 8 bits."""
+    from keras_gemma2 import Gemma2CausalLM
+
+    for mode in (None, "int8"):
+        lm = Gemma2CausalLM.from_preset(small_preset, quantize=mode)
+        arguments = [
+            "--preset",
+            small_preset,
+            "--max-new-tokens",
+            "9",
+            "--temperature",
+            "0",
+            *(["--quantize", mode] if mode else []),
+        ]
+        assert main(["generate", "Of  the\tunion", *arguments]) == 0
+        assert capsys.readouterr().out == lm.generate("Of  the\tunion", max_new_tokens=9, sampler="greedy") + "\n"
+
+
 def test_temperature_zero_is_greedy(capsys, small_preset):
     outputs = []
     for extra in (["--temperature", "0"], ["--top-k", "1"], ["--top-p", "1e-9"]):
@@ -117,9 +136,7 @@ def test_a_backend_that_is_not_installed_is_named(capsys, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else found(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else found(name, *rest))
     monkeypatch.setenv("KERAS_BACKEND", os.environ.get("KERAS_BACKEND", "tensorflow"))
     assert main(["generate", "x", "--backend", "torch"]) == 2
     assert "pip install torch" in capsys.readouterr().err
@@ -138,9 +155,7 @@ def test_info_shows_the_whole_tree(name, capsys):
 
 
 def test_info_of_a_folder_lists_unusual_layers(capsys):
-    folder, _ = hugging_face_folder(
-        layer_types=("full_attention", "full_attention", "sliding_attention", "full_attention")
-    )
+    folder, _ = hugging_face_folder(layer_types=("full_attention", "full_attention", "sliding_attention", "full_attention"))
     assert main(["info", folder]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "decoder_block" in line] == [
         "global",

@@ -242,9 +242,12 @@ def test_generation_is_compiled_anew():
 @pytest.mark.backend_free
 def test_a_trained_model_gets_a_fresh_optimizer():
     lm = model(num_layers=1)
-    lm.compile(optimizer=keras.optimizers.Adam(0.01))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    lm.compile(optimizer=keras.optimizers.Adam(0.01), loss=lambda labels, logits: loss(labels, logits))
     lm.fit(tokens([PROMPT]), verbose=0)
+    before = lm.optimizer
     lm.quantize("int8")
+    assert lm.optimizer is not before
     assert float(lm.optimizer.learning_rate) == pytest.approx(0.01)
     assert np.isfinite(lm.fit(tokens([PROMPT]), verbose=0).history["loss"]).all()
 
@@ -498,6 +501,11 @@ def test_int8_in_float16_is_refused():
 def test_wrong_modes_are_refused_before_reading(tmp_path):
     with pytest.raises(ValueError, match="'int3'"):
         Gemma2CausalLM.from_preset(tmp_path / "nowhere", quantize="int3")
+
+
+def test_quantize_beside_a_backbone_is_refused(folder):
+    with pytest.raises(ValueError, match="`backbone` is given, which `quantize` would not change"):
+        Gemma2CausalLM.from_preset(folder, backbone=model().backbone, quantize="int8")
 
 
 def test_size_in_memory(quantized):

@@ -84,7 +84,7 @@ class Generates(Chats):
         Example:
             >>> lm.generate("Once upon a time", max_new_tokens=20, sampler=keras_gemma2.Sampler(temperature=0.8, top_p=0.9), seed=7)
         """
-        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix, draft)
+        options = Options(max_length, max_new_tokens, stop_token_ids, stop_strings, sampler, seed, prefix, draft, return_logprobs)
         self.generation_stats = None
         if hasattr(inputs, "as_numpy_iterator"):
             outputs, logprobs = self._generate_batches(inputs.as_numpy_iterator(), options, strip_prompt)
@@ -103,6 +103,8 @@ class Generates(Chats):
 
     def _generate_batch(self, inputs: Any, options: Options, strip_prompt: bool, first_row: int) -> tuple[Any, list]:
         request = read_request(self, inputs, options, first_row)
+        if options.logprobs:
+            generate.check_has_logprobs(request)
         tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
         new, logprobs, texts, stats = generate.run(self.make_generate_function(), request, tokenizer)
         if stats is not None:

@@ -88,6 +88,15 @@ def check_streams(request: Request) -> None:
         )
 
 
+def check_has_logprobs(request: Request) -> None:
+    """Raises a ValueError if the sampler runs a loop that tells no log-probabilities."""
+    if has_own_loop(request.sampler):
+        raise ValueError(
+            f"`return_logprobs` does not go with {type(request.sampler).__name__}, which runs a loop of its own. Score what it "
+            "returns with `score`, or use keras_gemma2.Sampler."
+        )
+
+
 def run(runner: Runner, request: Request, tokenizer: Any) -> Result:
     """Continues each prompt of a request until a stop or its limit.
 

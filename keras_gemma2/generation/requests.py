@@ -61,6 +61,7 @@ class Options:
     seed: Any = None
     prefix: CachedPrefix | None = None
     draft: Any = None
+    logprobs: bool = False
 
 
 def read_request(lm: Any, inputs: Any, options: Options, first_row: int = 0) -> Request:

@@ -75,7 +75,13 @@ def _tokenizer_alone(preset: Any) -> Source | None:
 def _task(cls: type, keras_hub_loader: Callable[..., Any], source: Source, load_weights: bool, kwargs: dict[str, Any]) -> Any:
     names = (*Gemma2Config.field_names(), "dtype", "quantize")
     backbone_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
-    if kwargs.get("backbone") is None:
+    if kwargs.get("backbone") is not None:
+        if backbone_kwargs:
+            raise ValueError(
+                f"`backbone` is given, which {', '.join(f'`{name}`' for name in backbone_kwargs)} would not change: make it "
+                "so, or leave `backbone` out."
+            )
+    else:
         kwargs["backbone"] = _backbone(Gemma2Backbone, source, load_weights, backbone_kwargs)
     if "preprocessor" not in kwargs:
         kwargs["preprocessor"] = _optional_preprocessor(cls, source)
