@@ -71,7 +71,11 @@ MUTATIONS = [
     Mutation("stop token ignored", DECODE, "ops.equal(chosen[:, None], choosing.stop_token_ids)", "ops.equal(chosen[:, None], -5)", "test_generation.py", "stop_tokens"),
     Mutation("draws do not depend on the position", DECODING, "return uniforms(self.seeds, positions)", "return uniforms(self.seeds, positions * 0)", "test_calls.py", "seed_gives"),
     Mutation("end of turn not a stop", "tokenizer.py", "own = (self.end_token_id, self.end_of_turn_token_id)", "own = (self.end_token_id,)", "test_causal_lm.py", "end_of_turn"),
-    Mutation("duplicate head not compared", "checkpoints/hf.py", "            _check_tied_head(tensors, folder)", "            pass", "test_checkpoints.py", "duplicate_head"),
+    Mutation("duplicate head not compared", "checkpoints/hf.py", "        _check_tied_head(tensors, source.path)", "        pass", "test_checkpoints.py", "duplicate_head"),
+    Mutation("tapes outlive the weights they read", "backend/torch_tapes.py", "if state != self._state:", "if False:", "test_tape.py", "changed_weights"),
+    Mutation("tapes do not look again", "backend/torch_tape.py", " != {self._expression(operation.results)}: raise", " is None: raise", "test_tape.py", "asked_again"),
+    Mutation("writes do not keep reads apart", "backend/torch_tape.py", "self.changed.update(", "set().update(", "test_tape.py", "writes"),
+    Mutation("low digits dropped", "backend/torch_int8.py", "torch.add(low, high, alpha=_BASE)", "high.mul(_BASE)", "test_products.py", "variables_of_codes"),
 ]
 
 
