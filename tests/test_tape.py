@@ -1,6 +1,7 @@
 """Tapes of PyTorch operations: they do what the recorded function does. PyTorch only (see conftest.py)."""
 
 import gc
+import importlib
 import weakref
 
 import keras
@@ -216,3 +217,49 @@ def test_weights_given_up_are_freed():
     lm.quantize("int8")
     gc.collect()
     assert storage() is None or not storage().nbytes()
+
+
+def test_run_eagerly_calls_the_layers():
+    lm, calls = model(), []
+    lm.generate(tokens([[2, 5, 7]]), max_new_tokens=4, stop_token_ids=None)
+    lm.backbone.layer_norm.register_forward_hook(lambda *_: calls.append(1))
+    taped = lm.generate(tokens([[2, 5, 7]]), max_new_tokens=4, stop_token_ids=None)["token_ids"]
+    assert len(calls) == 1  # the prompt's
+    lm.run_eagerly = True
+    eager = lm.generate(tokens([[2, 5, 7]]), max_new_tokens=4, stop_token_ids=None)["token_ids"]
+    assert len(calls) == 1 + 4
+    np.testing.assert_array_equal(taped, eager)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_compiled_with_torch_compile(quantize, monkeypatch):
+    """By the backend that compiles nothing, which needs no C++ compiler; over two blocks of the cache."""
+    original, compiled = torch.compile, []
+
+    def compile(function, **kwargs):
+        compiled.append(function)
+        return original(function, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(importlib.import_module("keras_gemma2.cache"), "BLOCK", 8)
+    monkeypatch.setattr(importlib.import_module("keras_gemma2.backend.torch_packed"), "MIN_ELEMENTS", 0)
+    lm = model(num_layers=2)
+    if quantize:
+        lm.quantize(quantize)
+    expected = lm.generate(tokens([[2, 5, 7]]), max_new_tokens=12, stop_token_ids=None)["token_ids"]
+    lm.jit_compile = True
+    found = lm.generate(tokens([[2, 5, 7]]), max_new_tokens=12, stop_token_ids=None)["token_ids"]
+    np.testing.assert_array_equal(found, expected)
+    assert len(compiled) >= 2
+
+
+def test_a_compiler_that_is_missing_is_named(monkeypatch):
+    def fails(graph, inputs):
+        raise OSError("no compiler")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: original(function, backend=fails, **kwargs))
+    lm = model(num_layers=1)
+    lm.jit_compile = True
+    with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
+        lm.generate(tokens([[2, 5, 7]]), max_new_tokens=4, stop_token_ids=None)

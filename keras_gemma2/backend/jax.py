@@ -142,8 +142,12 @@ def no_gradients() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
-    """Compiles `function(donated, *args)`, which reads `variables`; the first argument's buffers are reused for outputs."""
+def compile_function(function: Callable, variables: list[keras.Variable], jit: bool | None = None) -> Callable:
+    """Compiles `function(donated, *args)`, which reads `variables`; the first argument's buffers are reused for outputs.
+
+    `jit` is PyTorch's: here there is nothing to choose.
+    """
+    del jit
 
     def stateless(values: list[jax.Array], words: list[jax.Array], donated: Any, *args: Any) -> Any:
         with jax_words.words_scope(variables, words), keras.StatelessScope(state_mapping=list(zip(variables, values))):

@@ -148,12 +148,15 @@ def no_gradients() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
+def compile_function(function: Callable, variables: list[keras.Variable], jit: bool | None = None) -> Callable:
     """Compiles `function(donated, *args)` with XLA, once a set of argument shapes.
 
     TensorFlow's own executor would copy a cache in each step of a loop that writes to it, and its product of a few rows is
     four times slower.
+
+    `jit` is PyTorch's: here there is nothing to choose.
     """
+    del jit
     kept = tensorflow_words.kept_as_words(variables)  # the others are captured by the graph
 
     def in_scope(tensors: list[tuple[tf.Tensor, tf.Tensor]], donated: Any, *args: Any) -> Any:

@@ -143,13 +143,19 @@ def no_gradients() -> contextlib.AbstractContextManager:
     return torch.no_grad()
 
 
-def compile_function(function: Callable, variables: list[keras.Variable]) -> Callable:
-    """Runs `function(donated, *args)` without recording gradients; what it has `repeated` runs from tapes, which are kept."""
-    tapes = torch_tapes.Tapes(variables)
+def compile_function(function: Callable, variables: list[keras.Variable], jit: bool | None = None) -> Callable:
+    """Runs `function(donated, *args)` without recording gradients.
+
+    Args:
+        function: what it has `repeated` runs from tapes, which are kept from call to call.
+        variables: what it reads.
+        jit: True to compile the tapes with `torch.compile`, False to do without tapes.
+    """
+    tapes = None if jit is False else torch_tapes.Tapes(variables, is_compiled=bool(jit))
 
     def call(donated: Any, *args: Any) -> Any:
         torch_packed.pack_ahead(variables)
-        with torch.no_grad(), tapes.in_use():
+        with torch.no_grad(), contextlib.nullcontext() if tapes is None else tapes.in_use():
             return function(donated, *args)
 
     return call

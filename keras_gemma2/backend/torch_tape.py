@@ -37,12 +37,16 @@ class Diverged(Exception):
     """A value that the recorded function looked at is another one now."""
 
 
-def record(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> tuple[Any, Callable[..., list[torch.Tensor]]]:
+Tape = Callable[..., list[torch.Tensor]]
+
+
+def record(function: Callable[..., Any], inputs: Sequence[torch.Tensor], is_compiled: bool = False) -> tuple[Any, Tape]:
     """Runs a function and makes a tape of it.
 
     Args:
         function: of no arguments; reads `inputs`. It may write to tensors, but must then be safe to start again from its beginning.
         inputs: the tensors that differ from run to run.
+        is_compiled: whether to compile the tape with `torch.compile`, at its first run.
 
     Returns:
         What the function returned, and the tape: a function of other `inputs` of the same shapes, which returns the tensors of what
@@ -52,7 +56,25 @@ def record(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> tupl
     recorder = _Recorder(inputs)
     with recorder:
         out = function()
-    return out, _Program(recorder, [recorder.value_of(leaf) for leaf in leaves(out)]).compiled()
+    program = _Program(recorder, [recorder.value_of(leaf) for leaf in leaves(out)], is_quick=not is_compiled)
+    return out, _torch_compiled(program.function()) if is_compiled else program.function()
+
+
+def _torch_compiled(tape: Tape) -> Tape:
+    compiled = torch.compile(tape, dynamic=False)
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        try:
+            return compiled(*inputs)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise RuntimeError(
+                "`torch.compile` cannot compile a decoding step here; on CPUs it needs a C++ compiler (Debian: `apt install g++`). "
+                "Decode without it: set the model's `jit_compile` to False."
+            ) from error
+
+    return run
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -186,17 +208,17 @@ def _as_tensor(number: float) -> torch.Tensor:
 class _Program:
     """The operations of a recording that have to run again, as Python source."""
 
-    def __init__(self, recorder: _Recorder, outputs: list[_Value]) -> None:
+    def __init__(self, recorder: _Recorder, outputs: list[_Value], is_quick: bool) -> None:
         self._changed, self._inputs = recorder.changed, recorder.inputs
         self._same: dict[int, int] = {}  # number of a value -> of an equal one that is there before it
         self._fixed = recorder.kept
         self._outside = recorder.kept.keys() & {value.number for _, value in recorder.outside.values()}
         self._names: dict[str, Any] = {"Diverged": Diverged}  # of what is not a literal
         self._ids: dict[int, str] = {}
-        self._outputs = outputs
+        self._outputs, self._is_quick = outputs, is_quick
         self._operations = self._needed(self._distinct(self._varying(recorder.operations)))
 
-    def compiled(self) -> Callable[..., list[torch.Tensor]]:
+    def function(self) -> Tape:
         body = self._lines()
         arguments = ", ".join(f"v{value.number}" for value in self._inputs)
         head = [f"def make({', '.join(self._names)}):", f" def tape({arguments}):"]
@@ -266,7 +288,8 @@ class _Program:
         return f"v{results.number}" if isinstance(results, _Value) else "_"
 
     def _call(self, operation: _Operation) -> str:
-        function, args, kwargs = _quick(operation)
+        # What `torch.compile` is given are operations by name, which it knows.
+        function, args, kwargs = _quick(operation) if self._is_quick else (operation.function, *operation.arguments)
         given = [self._expression(value) for value in args]
         given += [f"{name}={self._expression(value)}" for name, value in kwargs.items()]
         return f"{self._name_of(function)}({', '.join(given)})"

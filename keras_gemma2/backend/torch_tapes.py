@@ -38,10 +38,12 @@ class Tapes:
 
     Args:
         variables: what it reads besides its arguments. Some of their values are on the tapes, which therefore end when one changes.
+        is_compiled: whether the tapes are compiled with `torch.compile`.
     """
 
-    def __init__(self, variables: list[keras.Variable]) -> None:
+    def __init__(self, variables: list[keras.Variable], is_compiled: bool = False) -> None:
         self._variables = variables
+        self._is_compiled = is_compiled
         self._state: Any = None
         self._by_shapes: dict[Any, list[tuple[Callable, Any]]] = {}
         self._is_recorded = False  # since the state was looked at
@@ -90,7 +92,7 @@ class Tapes:
     def _record(self, function: Callable[..., Any], args: tuple, tensors: list[torch.Tensor], key: Any) -> Any:
         token = _IN_USE.set(None)  # on a tape, all runs from it
         try:
-            out, tape = record(lambda: function(*args), tensors)
+            out, tape = record(lambda: function(*args), tensors, self._is_compiled)
         finally:
             _IN_USE.reset(token)
         places = itertools.count()

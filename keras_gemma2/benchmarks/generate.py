@@ -90,6 +90,8 @@ def _contenders(options: argparse.Namespace, case: str, peers: list[str]) -> Ite
         for backend in options.backend or BACKENDS:
             if options.ours:
                 yield "ours", backend, dtype
+                if backend == "torch" and case == "decode" and shutil.which("g++"):
+                    yield "ours_compiled", backend, dtype  # with `torch.compile`
             if "keras_hub" in peers and dtype in FLOATS and (case != "ragged" or options.case):
                 yield "keras_hub", backend, dtype
         if "transformers" in peers and dtype in FLOATS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from keras_gemma2.benchmarks import processes
 from keras_gemma2.benchmarks.generate_cases import CASES, Settings
 
-CONTENDERS = ("ours", "keras_hub", "transformers", "transformers_static", "llama_cpp")
+CONTENDERS = ("ours", "ours_compiled", "keras_hub", "transformers", "transformers_static", "llama_cpp")
 
 
 def measure(who: str, case: str, folder: str, dtype: str, settings: Settings) -> dict[str, float]:
@@ -59,4 +60,4 @@ def _imported(who: str) -> Callable[[str, str], Any]:
     from keras_gemma2.presets import load
 
     del Gemma2CausalLM, hf, safetensors_file, weight_map, load  # what from_preset imports on first use
-    return Ours
+    return functools.partial(Ours, jit_compile=who == "ours_compiled")

@@ -16,13 +16,16 @@ class Ours:
     Args:
         folder: with the model.
         dtype: of the weights; "int8" and "int4" quantize while loading.
+        jit_compile: whether PyTorch compiles decoding steps with `torch.compile`.
     """
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, jit_compile: bool = False) -> None:
         from keras_gemma2 import Gemma2CausalLM, Sampler
 
         quantized = {"quantize": dtype} if dtype.startswith("int") else {"dtype": dtype}
         self._lm = Gemma2CausalLM.from_preset(folder, preprocessor=None, **quantized)
+        if jit_compile:
+            self._lm.jit_compile = True
         self._greedy = Sampler(temperature=0)
         self.weight_bytes = sum(map(keras_bytes, self._lm.backbone.weights))
 

@@ -22,14 +22,19 @@ class Generates(Chats):
     """`generate`, `stream`, `prefill` and `open_session`, over the attributes `backbone`, `preprocessor` and `sampler`."""
 
     _runner: Runner | None = None
-    _runner_variables: Sequence[int] = ()
+    _runner_state: Sequence[Any] = ()
     generation_stats: SpeculationStats | None = None  # of the last call, if it had a draft
 
     def make_generate_function(self) -> Runner:
-        """The compiled functions that generate. Kept until the model's variables are replaced, whatever the sampler."""
-        variables = [id(variable) for variable in self.backbone.variables]
-        if self._runner is None or self._runner_variables != variables:
-            self._runner, self._runner_variables = Runner(self.backbone), variables
+        """The compiled functions that generate. Kept until the model's variables are replaced, whatever the sampler.
+
+        On PyTorch a decoding step runs from a recording of its operations. With the model's `jit_compile` set to True (here or in
+        `compile`) `torch.compile` makes it faster still, after a minute's work; with `run_eagerly`, each layer is called each time.
+        """
+        jit = False if self.run_eagerly else self.jit_compile or None
+        state = [jit, *(id(variable) for variable in self.backbone.variables)]
+        if self._runner is None or self._runner_state != state:
+            self._runner, self._runner_state = Runner(self.backbone, jit), state
         return self._runner
 
     def generate(

@@ -72,10 +72,11 @@ class Runner:
 
     Args:
         backbone: a `Gemma2Backbone`. Its variables are read at each call, so training in between is seen.
+        jit: as `backend.compile_function` takes it.
     """
 
-    def __init__(self, backbone: Any) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Any, jit: bool | None = None) -> None:
+        self.backbone, self._jit = backbone, jit
         self._extend = {fresh: self._compiled(self._extend_function(fresh)) for fresh in (True, False)}
         self._first: dict[Any, Any] = {}
         self._loops: dict[Any, Any] = {}
@@ -86,7 +87,7 @@ class Runner:
         self._copy = self._compiled(lambda empty, caches, count: copied_caches(caches, count, empty))
 
     def _compiled(self, function: Any) -> Any:
-        return backend.compile_function(function, self.backbone.variables)
+        return backend.compile_function(function, self.backbone.variables, self._jit)
 
     def compiled(self, function: Any, key: Any) -> Any:
         """`function(backbone, key, ...)` as a compiled function of the arguments left, the first of which is given up."""
