@@ -31,7 +31,7 @@ def with_words(variable: keras.Variable) -> tuple[tf.Tensor, tf.Tensor]:
 
 @contextlib.contextmanager
 def xla_scope(variables: list[keras.Variable], tensors: list[tuple[tf.Tensor, tf.Tensor]]) -> Iterator[None]:
-    """A context for what XLA compiles for a CPU or a GPU, in which `values_of` and `words_of` know these variables."""
+    """A context for what XLA compiles for a CPU or a GPU, in which `value_of` and `words_of` know these variables."""
     token = _IN_SCOPE.set({id(variable): pair for variable, pair in zip(variables, tensors)})
     try:
         yield

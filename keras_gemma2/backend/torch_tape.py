@@ -128,7 +128,6 @@ class _Recorder(TorchDispatchMode):
         self.changed: set[int] = set()  # roots of what is written to
         self.outside: dict[int, tuple[torch.Tensor, _Value]] = {}  # by id, with a reference: an id may be given anew
         self.inputs = [self._from_outside(tensor) for tensor in inputs]
-        self._never_changes: set[int] = set()
 
     def value_of(self, tensor: torch.Tensor) -> _Value:
         """The value that a tensor is; one that comes from outside is taken to be the same in each run."""
@@ -139,7 +138,6 @@ class _Recorder(TorchDispatchMode):
             return value
         value = self._from_outside(tensor)
         self.kept[value.number] = tensor
-        self._never_changes.add(value.number)
         return value
 
     def _from_outside(self, tensor: torch.Tensor) -> _Value:
@@ -155,12 +153,11 @@ class _Recorder(TorchDispatchMode):
         operation = _Operation(function, named, with_leaves(out, lambda leaf: self._made(leaf, root)))
         self.operations.append(operation)
         self._note_writes(function, named)
-        if operation.is_pure and all(value.number in self._never_changes for value in operation.values):
+        if operation.is_pure and all(value.number in self.kept for value in operation.values):
             for leaf in leaves(out):
                 if isinstance(leaf, torch.Tensor) and leaf.numel() <= MAX_KEPT:
                     value = self.value_of(leaf)
                     self.kept[value.number] = leaf
-                    self._never_changes.add(value.number)
         return out
 
     def _made(self, leaf: Any, root: int | None) -> Any:
