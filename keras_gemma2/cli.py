@@ -204,6 +204,10 @@ def _chat(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"argument --load: there is no file {options.load!r}")
     resolve(options.preset)  # before the seconds that a backend takes to import
     _choose_backend(options.backend)
+    if options.load is not None:
+        from keras_gemma2.generation.chat_session import read_saved
+
+        read_saved(options.load)  # a file that holds no conversation is told before a model loads
     return chat_command(_load(options.preset, options.dtype, options.quantize), options)
 
 

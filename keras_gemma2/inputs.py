@@ -127,9 +127,7 @@ def _per_token(sample_weight: Any, shape: tuple[int, ...]) -> np.ndarray:
     weight = ops.convert_to_numpy(sample_weight).astype("float32")
     weight = weight[:, None] if weight.ndim == 1 else weight
     if weight.ndim != 2 or weight.shape[0] != shape[0] or weight.shape[1] not in (1, shape[1]):
-        raise ValueError(
-            f"`sample_weight` must have the shape {shape[:1]} or {shape}. Received: {np.shape(sample_weight)}."
-        )
+        raise ValueError(f"`sample_weight` must have the shape {shape[:1]} or {shape}. Received: {np.shape(sample_weight)}.")
     return np.broadcast_to(weight, shape)
 
 
@@ -139,26 +137,35 @@ def as_texts(inputs: Any) -> tuple[list[str], bool]:
     return ([texts], True) if isinstance(texts, str) else (texts, False)
 
 
-def check_prompts(prompts: list[list[int]], max_length: int, max_sequence_length: int) -> None:
-    """Raises a ValueError if there is no prompt, or one without tokens or with more than `max_length`."""
+def check_prompts(prompts: list[list[int]], max_length: int, max_sequence_length: int, before: int = 0) -> None:
+    """Raises a ValueError if there is no prompt, or one without tokens, or one that makes more than `max_length` with a prefix."""
     if not prompts:
         raise ValueError("`inputs` must hold at least one prompt. Received a batch of 0 rows.")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"Every prompt must have at least one token (`<bos>` at least). Row {row} is all padding.")
-    check_room([len(prompt) for prompt in prompts], max_length, max_sequence_length)
+    check_room([len(prompt) for prompt in prompts], max_length, max_sequence_length, before)
 
 
-def check_room(counts: list[int], max_length: int, max_sequence_length: int) -> None:
-    """Raises a ValueError that names the first prompt with more tokens than `max_length`, and what can be done."""
+def check_room(counts: list[int], max_length: int, max_sequence_length: int, before: int = 0) -> None:
+    """Raises a ValueError that names the first prompt with more tokens than `max_length`, and what can be done.
+
+    Args:
+        counts: tokens of each prompt.
+        max_length: tokens that a row may have.
+        max_sequence_length: the model's context.
+        before: tokens of a prefix that stands before each prompt.
+    """
     for row, count in enumerate(counts):
-        if count > max_length:
-            mend = (
-                "Raise max_length" if count <= max_sequence_length else f"The model takes {max_sequence_length} at most"
-            )
+        if before + count > max_length:
+            fits = before + count <= max_sequence_length
+            mend = "Raise max_length" if fits else f"The model takes {max_sequence_length} at most"
+            prefix = f" after a prefix of {before}" if before else ""
+            truncation = "" if before else ", or build the preprocessor with truncation='left'"
             raise ValueError(
-                f"`max_length` counts the prompt's tokens too. Received: max_length={max_length}, but the prompt of row {row} "
-                f"has {count} tokens. {mend}, shorten the prompt, or build the preprocessor with truncation='left'."
+                f"`max_length` counts the prompt's tokens too{', and the prefix' if before else ''}. Received: "
+                f"max_length={max_length}, but the prompt of row {row} has {count} tokens{prefix}. {mend}, shorten the prompt"
+                f"{truncation}."
             )
 
 

@@ -7,6 +7,7 @@ takes up to 6 GB).
 """
 
 import argparse
+import collections
 import concurrent.futures
 import importlib.util
 import os
@@ -15,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from pathlib import Path
 
 BACKENDS = ("jax", "tensorflow", "torch")
 TESTS = Path(__file__).resolve().parent
+LINES_OF_FAILURES = 150
+HEADING = re.compile(r"=+ ([A-Za-z ]+?) =+$")
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
@@ -32,32 +36,43 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as exchange, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         started = [pool.submit(run, name, [*once[name], *pytest_arguments], exchange) for name in backends]
         results = [backend.result() for backend in started]
-    print()
-    for line, *_ in results:
-        print(line)
-    totals = [sum(result[i] for result in results) for i in (1, 2, 3)]
+    for result in results:  # once more, below everything: what failed is what a reader of a long log looks for
+        print(*result.failures, sep="\n")
+    for result in results:
+        print(result.line)
+    totals = [sum(result.counts[i] for result in results) for i in range(3)]
     print(f"tests: {totals[0]} passed, {totals[1]} failed, {totals[2]} skipped")
     return 1 if totals[1] or not totals[0] else 0
 
 
-def run(backend: str, pytest_arguments: list[str], exchange: str) -> tuple[str, int, int, int]:
-    """One backend's line and its counts of passed, failed and skipped; a missing backend is a failure."""
+class Result(typing.NamedTuple):
+    line: str
+    counts: tuple[int, int, int]  # passed, failed, skipped
+    failures: list[str]  # what pytest said of them, its last lines
+
+
+def run(backend: str, pytest_arguments: list[str], exchange: str) -> Result:
+    """Runs one backend; a missing backend is a failure."""
     if importlib.util.find_spec(backend) is None:
-        return f"{backend}: not installed (pip install {backend})", 0, 1, 0
+        return Result(f"{backend}: not installed (pip install {backend})", (0, 1, 0), [])
     print(f"--- {backend}", flush=True)
     start = time.monotonic()
     # From the tests' folder, so that what is imported is the installed package and not the folder beside.
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-rs", *pytest_arguments],
+        [sys.executable, "-m", "pytest", "-rsfE", *pytest_arguments],
         cwd=TESTS,
         env={**os.environ, "KERAS_BACKEND": backend, "KERAS_GEMMA2_EXCHANGE": exchange},
         stdout=subprocess.PIPE,
         text=True,
     )
-    last = ""
+    last, failures, part = "", collections.deque(maxlen=LINES_OF_FAILURES), ""
     for output in process.stdout:
         print(f"{backend}: {output}", end="", flush=True)
         last = output if COUNT.search(output) else last
+        heading = HEADING.match(output)
+        part = heading[1] if heading else part
+        if part in ("FAILURES", "ERRORS") or output.startswith(("FAILED ", "ERROR ")):
+            failures.append(f"{backend}: {output.rstrip()}")
     code = process.wait()
     counts = {kind.removesuffix("s"): int(number) for number, kind in COUNT.findall(last)}
     failed = counts.get("failed", 0) + counts.get("error", 0)
@@ -66,12 +81,8 @@ def run(backend: str, pytest_arguments: list[str], exchange: str) -> tuple[str, 
         failed = 1
     verdict = "ok" if not failed else f"FAILED (pytest exit code {code})"
     seconds = time.monotonic() - start
-    return (
-        f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s",
-        passed,
-        failed,
-        skipped,
-    )
+    line = f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s"
+    return Result(line, (passed, failed, skipped), list(failures))
 
 
 if __name__ == "__main__":

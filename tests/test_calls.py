@@ -82,6 +82,15 @@ def test_stop_strings_end_the_text_before_them(lm, stop):
     assert "".join(pieces) == expected
 
 
+def test_a_turn_that_ends_before_a_new_text_is_part_of_the_text(lm):
+    """`<end_of_turn>` at the very end of a text is left out; before a new text it is not at the end."""
+    prompt = PROMPT + "<end_of_turn>"
+    plain = lm.generate(prompt, max_new_tokens=5)
+    assert plain.startswith(prompt) and len(plain) > len(prompt)
+    assert lm.generate(prompt, max_new_tokens=5, stop_strings="never there") == plain
+    assert lm.generate(prompt, max_new_tokens=5, stop_strings=plain[len(prompt) :]) == PROMPT  # nothing follows it
+
+
 def test_a_stop_string_ends_the_work(lm, monkeypatch):
     """No more steps run than the check interval allows, and other rows go on."""
     steps = []
@@ -272,6 +281,8 @@ def test_logits_that_are_not_numbers_are_said_to_be(lm):
     with pytest.raises(FloatingPointError, match="not numbers"):
         list(broken.stream(PROMPT, max_new_tokens=3, sampler=DRAWS))
     with pytest.raises(FloatingPointError, match="row 0.*not numbers"):
+        broken.generate(PROMPT, max_new_tokens=3, sampler="beam")
+    with pytest.raises(FloatingPointError, match="row 0.*not numbers"):
         broken.score(PROMPT)
 
 
@@ -310,5 +321,7 @@ def test_bad_prefixes(lm):
         lm.stream(PROMPT, sampler="beam")
     with pytest.raises(ValueError, match="`return_logprobs` does not go with BeamSampler"):
         lm.generate(PROMPT, sampler="beam", return_logprobs=True)
+    with pytest.raises(ValueError, match=r"and the prefix\. Received: max_length=4, .* after a prefix of 3\. Raise max_length"):
+        lm.generate([" is not"], prefix=lm.prefill([2, 100, 101]), max_length=4)
     with pytest.raises(ValueError, match="`prefix` does not go with BeamSampler"):
         lm.generate(" is", prefix=lm.prefill("The"), sampler="beam")

@@ -181,6 +181,15 @@ def test_wrong_arguments_give_one_line_and_exit_code_2(arguments, message, capsy
     assert code == 2 and captured.out == "" and captured.err.count("\n") == 1 and re.search(message, captured.err)
 
 
+@pytest.mark.backend_free
+def test_a_file_without_a_conversation_is_told_before_a_model_loads(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "no.json"
+    path.write_text("[]")
+    monkeypatch.setattr("keras_gemma2.cli._load", None)
+    assert main(["chat", "gemma2_mini_en", "--load", str(path)]) == 2
+    assert "must be a conversation that `Chat.save` wrote" in capsys.readouterr().err
+
+
 @pytest.mark.backend_free  # whichever the suite runs, a terminal is the same on all: this takes torch
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
 def test_on_a_terminal_ctrl_c_stops_the_answer():

@@ -493,9 +493,15 @@ def test_other_policies_are_refused(policy):
 @pytest.mark.filterwarnings("ignore:Gemma 2's activations pass")
 def test_int8_in_float16_is_refused():
     lm = model("float16", num_layers=1)
-    with pytest.raises(ValueError, match="int8.*compute_dtype='float16'"):
+    kinds = [str(variable.dtype) for variable in lm.backbone.variables]
+    with pytest.raises(ValueError, match="int8.*compute_dtype='float16'"):  # Keras's own words
         lm.quantize("int8")
-    assert lm.backbone.dtype_policy.name == "float16"
+    assert lm.backbone.dtype_policy.name == "float16" and [str(v.dtype) for v in lm.backbone.variables] == kinds
+
+
+def test_int8_in_float16_is_refused_while_loading(folder):
+    with pytest.raises(ValueError, match="'int8' do not go with dtype='float16'.*Use 'int4', or load"):
+        Gemma2CausalLM.from_preset(folder, dtype="float16", quantize="int8")
 
 
 def test_wrong_modes_are_refused_before_reading(tmp_path):

@@ -44,7 +44,7 @@ def quantized_linear(x: jax.Array, codes: Any, scales: Any, mode: str, float32_o
 
     Args:
         x: the rows. The product can be differentiated with respect to them.
-        codes: a variable or a tensor; int8 `[out, in]`, or for "int4" uint8 `[out, in / 2]` (see `layers/quantization.py`).
+        codes: a variable or a tensor; int8 `[out, in]`, or for "int4" uint8 `[out, in / 2]` (see `keras_gemma2/quantization.py`).
         scales: a variable or a tensor; float32 `[out, 1]`, or for "int4" `[out, in / group]`.
         mode: "int8" or "int4".
         float32_output: whether to return the sums in float32.

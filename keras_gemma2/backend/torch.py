@@ -120,6 +120,8 @@ def attention_dtype(compute_dtype: Any) -> str:
 
 def write_slots(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`, in place."""
+    if 0 in cache.stride():  # rows that share their memory, as those of several beams do at first
+        cache = cache.clone(memory_format=torch.contiguous_format)
     # Advanced indices around a slice move to the front: the indexed view is [b, T, K, H].
     cache[rows[:, None], :, slots] = values.transpose(1, 2).to(cache.dtype)
     return cache

@@ -15,6 +15,7 @@ from keras_gemma2.generation.requests import Options, Request, read_request
 from keras_gemma2.generation.runner import Runner
 from keras_gemma2.generation.session import Session
 from keras_gemma2.generation.speculative import SpeculationStats
+from keras_gemma2.generation.text_stream import TextStream
 from keras_gemma2.inputs import pad_rows
 
 
@@ -126,8 +127,14 @@ class Generates(Chats):
         if texts is None:
             outputs = self._texts([start + ids for start, ids in zip(starts, new)])
         else:
-            outputs = [start + text for start, text in zip(self._texts(starts), texts)]
+            outputs = [self._before(start, text) + text for start, text in zip(starts, texts)]
         return outputs[0] if request.kind == "text" else outputs
+
+    def _before(self, prompt: list[int], text: str) -> str:
+        """A prompt's text before a new text: `<end_of_turn>` at its end is left out only where nothing follows."""
+        tokenizer = self.preprocessor.tokenizer
+        stream = TextStream(tokenizer, (), tokenizer.special_token_ids, () if text else (tokenizer.end_of_turn_token_id,))
+        return stream.push(prompt) + stream.finish()
 
     def _pad_token_id(self) -> int:
         return 0 if self.preprocessor is None else self.preprocessor.tokenizer.pad_token_id

@@ -126,7 +126,7 @@ class Chat:
             OSError: if the file cannot be read.
             ValueError: if there is no conversation in it; names the file and what is wrong.
         """
-        system, turns = _read_saved(os.fspath(path))
+        system, turns = read_saved(os.fspath(path))
         chat = cls(lm, system=system or None, **options)
         chat._turns = turns
         return chat
@@ -165,8 +165,13 @@ class Chat:
             self._running = None
 
 
-def _read_saved(path: str) -> tuple[str, list[dict[str, str]]]:
-    """The system's text and the turns of a saved conversation."""
+def read_saved(path: str) -> tuple[str, list[dict[str, str]]]:
+    """The system's text and the turns of a saved conversation.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if there is no conversation in it.
+    """
     with open(path, encoding="utf-8") as file:
         try:
             values = json.load(file)

@@ -9,8 +9,8 @@ import numpy as np
 from keras import ops
 
 from keras_gemma2.backbone import Gemma2Backbone
-from keras_gemma2.cache import Cache, Tokens
-from keras_gemma2.generation.decode import CLOSED, extend
+from keras_gemma2.cache import Cache
+from keras_gemma2.generation.decode import CLOSED, following_logits
 from keras_gemma2.generation.drawing import draw, most_likely, uniforms
 from keras_gemma2.generation.filters import penalized
 from keras_gemma2.generation.runner import Runner
@@ -142,8 +142,8 @@ def propose(
     """
     batch, column = last.shape[0], ops.arange(PROPOSED, dtype="int32")
 
-    def choose(i: Any, hidden: Any, chosen: Any, chances: Any) -> tuple[Any, Any, Any]:
-        logits, here = backbone.token_embedding(hidden, reverse=True), column == i
+    def choose(i: Any, logits: Any, chosen: Any, chances: Any) -> tuple[Any, Any, Any]:
+        here = column == i
         if key.sampled:
             shares = probabilities(key, arrays, None, logits)
             chances = ops.where(here[None, :, None], shares[:, None], chances)
@@ -152,19 +152,18 @@ def propose(
             tokens = most_likely(penalized(key, arrays, None, logits))
         return tokens, ops.where(here[None], tokens[:, None], chosen), chances
 
-    def run(caches: Any, token_ids: Any, tokens: Tokens) -> tuple[Any, Any]:
-        x, caches = extend(backbone, caches, ops.maximum(token_ids, 0), tokens)
-        return backbone.layer_norm(x[:, -1:])[:, 0], caches
+    def run(caches: Any, token_ids: Any, starts: Any, counts: Any) -> tuple[Any, Any]:
+        logits, caches = following_logits(backbone, caches, ops.maximum(token_ids, 0), starts, counts, last_only=True)
+        return logits[:, 0], caches
 
     def step(i: Any, caches: Any, tokens: Any, chosen: Any, chances: Any) -> tuple:
-        goes_on = ops.cast(i < counts, "int32")
-        hidden, caches = run(caches, tokens[:, None], Tokens(None, starts + 1 + i, goes_on, 1))
-        return i + 1, caches, *choose(i, hidden, chosen, chances)
+        logits, caches = run(caches, tokens[:, None], starts + 1 + i, ops.cast(i < counts, "int32"))
+        return i + 1, caches, *choose(i, logits, chosen, chances)
 
     size = backbone.config.vocabulary_size
     chances = ops.zeros((batch, PROPOSED, size) if key.sampled else (batch, 1, 1), "float32")
-    hidden, caches = run(caches, last, Tokens(None, starts, ops.where(counts > 0, 2, 0), 2))
-    first = choose(ops.zeros((), "int32"), hidden, ops.full((batch, PROPOSED), CLOSED, "int32"), chances)
+    logits, caches = run(caches, last, starts, ops.where(counts > 0, 2, 0))
+    first = choose(ops.zeros((), "int32"), logits, ops.full((batch, PROPOSED), CLOSED, "int32"), chances)
     state = (ops.ones((), "int32"), caches, *first)
     _, caches, _, chosen, chances = ops.while_loop(lambda i, *_: i < steps, step, state)
     return caches, chosen, chances if key.sampled else None

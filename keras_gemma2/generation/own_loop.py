@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_gemma2.generation.decode import next_logits
+from keras_gemma2.generation.decoding import not_numbers
 from keras_gemma2.generation.requests import Request
 from keras_gemma2.generation.runner import Runner
 
@@ -23,6 +27,9 @@ def generate_with_own_loop(runner: Runner, request: Request) -> list[list[int]]:
 
     Returns:
         The new ids of each row, a stop token that ended it included.
+
+    Raises:
+        FloatingPointError: if the hidden states of the prompts are not numbers.
     """
     sampler, prompts, max_length = request.sampler, request.prompts, max(request.limits)
     _refuse(request)
@@ -30,28 +37,57 @@ def generate_with_own_loop(runner: Runner, request: Request) -> list[list[int]]:
         return [[] for _ in prompts]
     shortest = min(len(prompt) for prompt in prompts)
     caches = runner.new_caches(len(prompts), max_length)
-    caches, _ = runner.prefill(caches, [prompt[:shortest] for prompt in prompts])
+    caches, hidden = runner.prefill(caches, [prompt[:shortest] for prompt in prompts])
+    _check_numbers(ops.convert_to_numpy(ops.cast(hidden, "float32")), shortest)
     token_ids = np.zeros((len(prompts), max_length), "int32")
     mask = np.zeros((len(prompts), max_length), "bool")
     for row, prompt in enumerate(prompts):
         token_ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
 
-    def next_token(prompt: Any, cache: Any, index: Any) -> tuple[Any, Any, Any]:
-        position = ops.cast(index, "int32") - 1
-        last = ops.take(prompt, position, axis=1)
-        positions = ops.broadcast_to(ops.reshape(position, (1,)), (ops.shape(prompt)[0],))
-        logits, cache = runner.step_function(cache, last, positions)
-        return logits, None, cache
-
-    stop = list(request.stop_token_ids) or None
-    output = sampler(next_token, ops.convert_to_tensor(token_ids), caches, shortest, ops.convert_to_tensor(mask), stop)
+    loop = _Loop(json.dumps(sampler.get_config(), default=repr), request.stop_token_ids, sampler)
+    arguments = (caches, *map(ops.convert_to_tensor, (token_ids, mask, np.int32(shortest))))
+    if type(sampler) is keras_hub.samplers.BeamSampler:
+        output = runner.compiled(_run_loop, loop)((), *arguments)
+    else:  # may draw, or do whatever else does not compile
+        output = _run_loop(runner.backbone, loop, (), *arguments)
     rows = ops.convert_to_numpy(output)
     ends = zip(prompts, request.limits)
     return [_until_stop(rows[i, len(prompt) : limit].tolist(), request.stop_token_ids) for i, (prompt, limit) in enumerate(ends)]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What is compiled once: equal for samplers of the same settings."""
+
+    config: str
+    stop_token_ids: tuple[int, ...]
+    sampler: Any = dataclasses.field(compare=False)
+
+
+def _run_loop(backbone: Any, loop: _Loop, unused: tuple[()], caches: Any, token_ids: Any, mask: Any, index: Any) -> Any:
+    """A sampler's own loop over `token_ids [B, max_length]`, of which `mask` tells the prompts, from column `index` on."""
+
+    def next_token(prompt: Any, cache: Any, index: Any) -> tuple[Any, Any, Any]:
+        position = ops.cast(index, "int32") - 1
+        last = ops.take(prompt, position, axis=1)
+        positions = ops.broadcast_to(ops.reshape(position, (1,)), (ops.shape(prompt)[0],))
+        logits, cache = next_logits(backbone, cache, last, positions)
+        return logits, None, cache
+
+    return loop.sampler(next_token, token_ids, caches, index, mask, list(loop.stop_token_ids) or None)
+
+
+def _check_numbers(hidden: np.ndarray, count: int) -> None:
+    """Raises a FloatingPointError where prompts end in no numbers: within the sampler's loop nobody looks."""
+    rows = np.argwhere(~np.isfinite(hidden).all(axis=1))
+    if rows.size:
+        raise not_numbers(int(rows[0][0]), count)
+
+
 def _refuse(request: Request) -> None:
     name = type(request.sampler).__name__
+    if getattr(request.sampler, "return_all_beams", False):
+        raise ValueError(f"`sampler` must not be a {name} with return_all_beams=True: one text a prompt is given back.")
     if isinstance(request.sampler, keras_hub.samplers.ContrastiveSampler):
         raise ValueError(
             "`sampler` must not be a ContrastiveSampler: it needs the hidden states of the whole prompt, which Gemma 2's cached "

@@ -91,7 +91,7 @@ def read_request(lm: Any, inputs: Any, options: Options, first_row: int = 0) -> 
         kind, prompts, default = _text_prompts(lm, inputs, max_length, options, before)
     if max_length is None:
         max_length = default if options.max_new_tokens is None else context
-    check_prompts(prompts, max_length - before, context - before)
+    check_prompts(prompts, max_length, context, before)
     limits = [max_length] * len(prompts)
     if options.max_new_tokens is not None:
         limits = [min(max_length, before + len(prompt) + options.max_new_tokens) for prompt in prompts]

@@ -82,7 +82,7 @@ class Runner:
         self._loops: dict[Any, Any] = {}
         self._others: dict[Any, Any] = {}
         self._scores = self._compiled(self._scores_function)
-        self._step = self._compiled(self.step_function)
+        self._step = self._compiled(functools.partial(next_logits, backbone))
         self._logits = self._compiled(lambda unused, hidden: self._head(hidden))
         self._copy = self._compiled(lambda empty, caches, count: copied_caches(caches, count, empty))
 
@@ -200,10 +200,6 @@ class Runner:
     def step(self, caches: list[Cache], token_ids: np.ndarray, positions: np.ndarray) -> tuple[Any, list[Cache]]:
         """One token a row, `[B]`: the logits `[B, V]` of the next, and the caches."""
         return self._step(caches, *_tensors(token_ids, positions))
-
-    def step_function(self, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[Any, list[Cache]]:
-        """`step`, not compiled, for loops that are traced as a whole."""
-        return next_logits(self.backbone, caches, token_ids, positions)
 
     def _head(self, hidden: Any) -> Any:
         return self.backbone.token_embedding(hidden, reverse=True)

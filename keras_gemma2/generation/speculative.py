@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_gemma2.cache import Cache, Tokens
-from keras_gemma2.generation.decode import CLOSED, NOT_A_NUMBER, extend
+from keras_gemma2.cache import Cache
+from keras_gemma2.generation.decode import CLOSED, NOT_A_NUMBER, following_logits
 from keras_gemma2.generation.decoding import Decoding
 from keras_gemma2.generation.drafts import PROPOSED, DraftModel, PromptLookup, Proposals
 from keras_gemma2.generation.drawing import draw, log_probability, most_likely, uniforms
@@ -159,8 +159,7 @@ def verify(
     batch, steps = proposed.shape[0], proposed.shape[1] + 1
     proposed = ops.maximum(proposed, 0)
     token_ids = ops.concatenate([last[:, None], proposed], axis=1)
-    x, caches = extend(backbone, caches, token_ids, Tokens(None, starts, counts, steps))
-    logits = backbone.token_embedding(backbone.layer_norm(x), reverse=True)
+    logits, caches = following_logits(backbone, caches, token_ids, starts, counts)
     flat = ops.reshape(logits, (batch * steps, logits.shape[-1]))
     arrays = {name: ops.repeat(array, steps, axis=0) for name, array in arrays.items()}
     column = ops.arange(steps, dtype="int32")[None, :]

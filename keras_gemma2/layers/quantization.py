@@ -54,7 +54,13 @@ def quantized_policy(dtype: Any, mode: str) -> keras.dtype_policies.QuantizedDTy
         ValueError: for an unknown mode; for "int8" in float16, which Keras has no policy for.
     """
     check_mode(mode)
-    return keras.dtype_policies.QuantizedDTypePolicy(mode, float_policy(dtype).name)
+    policy = float_policy(dtype)
+    if mode == "int8" and policy.compute_dtype == "float16":
+        raise ValueError(
+            f"Weights in 'int8' do not go with dtype={policy.name!r}: Keras has no such policy. Use 'int4', or load the model with "
+            "dtype='bfloat16' or 'float32'."
+        )
+    return keras.dtype_policies.QuantizedDTypePolicy(mode, policy.name)
 
 
 def check_policy(dtype: Any) -> None:
@@ -199,6 +205,7 @@ class MatrixLayer(keras.layers.Layer):
             raise ValueError(f"The layer {self.name!r} has no weights to quantize yet: it is not built.")
         if self.quantization_mode is not None:
             raise ValueError(f"The layer {self.path!r} is already quantized: its policy is {self._own_policy().name!r}.")
+        quantized_policy(self._own_policy(), mode)
         self._check_width(mode)
 
     def _check_width(self, mode: str) -> None:
