@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 PROMPT = "> "
@@ -105,18 +108,44 @@ def _obey(chat: Any, line: str) -> bool:
 
 
 def _answer(chat: Any, text: str) -> None:
-    """Writes an answer as it comes; Ctrl-C ends it."""
-    last = ""
+    """Writes an answer as it comes; Ctrl-C ends it after the token that is being made, and twice at once."""
+    last, is_stopped = "", False
     try:
-        with contextlib.closing(chat.stream(text)) as pieces:
+        with _first_interrupt_held() as is_interrupted, contextlib.closing(chat.stream(text)) as pieces:
             for piece in pieces:
                 _write(piece)
                 last = piece
+                if is_interrupted():
+                    is_stopped = True
+                    break
     except KeyboardInterrupt:
-        _write("\n")
+        is_stopped = True
+    _write("\n" if is_stopped or not last.endswith("\n") else "")
+    if is_stopped:
         _tell("[stopped]")
-    else:
-        _write("" if last.endswith("\n") else "\n")
+
+
+@contextlib.contextmanager
+def _first_interrupt_held() -> Iterator[Callable[[], bool]]:
+    """A context in which the first Ctrl-C raises nothing; gives a function that tells whether there was one.
+
+    An exception may come up anywhere, also where a library makes another error of it, or none.
+    """
+    interrupts: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():  # no handler of Python's can be set
+        yield lambda: False
+        return
+
+    def hold(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: bool(interrupts)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write(text: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,22 @@ def test_ctrl_c_stops_an_answer_and_leaves_at_the_prompt(terminal, capsys):
     captured = capsys.readouterr()
     assert captured.out == "ONE \nTHREE \n" and "[stopped]" in captured.err
     assert chat.heard == ["one ! two", "three"] and prompts == 3 and chat.closed == 2
+
+
+@pytest.mark.backend_free
+def test_an_interrupt_waits_for_the_piece_and_a_second_one_does_not(terminal, capsys):
+    class Interrupted(Echo):
+        def _pieces(self, text):
+            for word in text.split():
+                for _ in range(word.count("!")):
+                    signal.raise_signal(signal.SIGINT)
+                yield word
+
+    handler = signal.getsignal(signal.SIGINT)
+    terminal("one two! three", "four five!! six", "seven", chat=Interrupted())
+    captured = capsys.readouterr()
+    assert captured.out == "onetwo!\nfour\nseven\n" and captured.err.count("[stopped]") == 2
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.backend_free
@@ -197,7 +214,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer():
 
     ours, theirs = pty.openpty()
     options = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "close_fds": True, "start_new_session": True}
-    command = [*COMMAND, "gemma2_mini_en", "--max-new-tokens", "300", "--seed", "1", "--backend", "torch"]
+    command = [*COMMAND, "gemma2_mini_en", "--max-new-tokens", "480", "--seed", "1", "--backend", "torch"]
     process = subprocess.Popen(command, **options)
     os.close(theirs)
     seen = ""
@@ -215,7 +232,7 @@ def test_on_a_terminal_ctrl_c_stops_the_answer():
         os.write(ours, b"Fellow citizens\n")
         begun = until("Fellow citizens\r\n")
         until(" ", begun)
-        process.send_signal(2)  # the terminal's own Ctrl-C goes to a foreground process group, which a test has not
+        process.send_signal(signal.SIGINT)  # the terminal's own Ctrl-C goes to a foreground process group, which a test has not
         stopped = until("[stopped]", begun)
         until("> ", stopped)
         os.write(ours, b"/quit\n")
