@@ -77,7 +77,7 @@ class Tapes:
     def run(self, function: Callable[..., Any], name: str, args: tuple) -> Any:
         """`function(*args)`, from a tape if there is one."""
         tensors = list(leaves(args))
-        key = (name, *[(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors])
+        key = (name, *_repetitions(tensors), *[(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors])
         tapes = self._by_shapes.setdefault(key, [])
         for i, (tape, places) in enumerate(tapes):
             try:
@@ -100,3 +100,10 @@ class Tapes:
         self._by_shapes[key] = [(tape, numbered), *self._by_shapes.get(key, [])]
         self._is_recorded = True
         return out
+
+
+def _repetitions(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    """Which arguments are one and the same tensor; empty where none are. On a tape they stay one."""
+    first: dict[int, int] = {}
+    places = tuple([first.setdefault(id(tensor), i) for i, tensor in enumerate(tensors)])
+    return places if len(first) < len(places) else ()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_gemma2 import backend
 from keras_gemma2.generation.drawing import blocks_of
 
 IN_PROMPT, GENERATED = 1, 2  # bits of the marks
@@ -72,21 +73,18 @@ def warped(arrays: Mapping[str, Any], logits: Any) -> Any:
     peak = ops.max(logits, axis=(1, 2), keepdims=True)
     temperature, top_k, top_p, min_p = (arrays[name][:, None, None] for name in ("temperature", "top_k", "top_p", "min_p"))
 
-    def weight_at(value: Any) -> Any:
-        return ops.exp((value - peak) / temperature)
-
     def filtered() -> Any:
         # At the lowest temperatures at least a few floats under the largest logit.
         reach = ops.maximum(LOWEST_EXPONENT * temperature, ops.abs(peak) * 1e-6 + 1e-30)
         lowest = ops.maximum(peak - reach, LOWEST)
-        floor = _floor(logits, None, ops.ones_like, top_k, lowest, peak)
+        floor = _floor(logits, None, peak, temperature, top_k, lowest)
         # top_p is a share of what top-k has left.
         target = top_p * _sum(_over(logits, floor) * weights)
-        floor = _floor(logits, weights, weight_at, target, floor, peak)
+        floor = _floor(logits, weights, peak, temperature, target, floor)
         kept = _over(logits, floor) * weights
         return kept * (1.0 - _over(min_p, kept))
 
-    weights = weight_at(logits)
+    weights = _weight(logits, peak, temperature)
     is_filtered = ops.isfinite(top_k) | ops.isfinite(top_p) | (min_p > 0)
     weights = ops.cond(ops.any(is_filtered), filtered, lambda: weights)
     return ops.reshape(weights, (-1, weights.shape[1] * weights.shape[2]))[:, :size]
@@ -108,41 +106,64 @@ def _over(values: Any, bound: Any) -> Any:
     return ops.relu(ops.sign(values - bound))
 
 
-def _floor(logits: Any, weights: Any, weight_at: Callable[[Any], Any], target: Any, low: Any, high: Any) -> Any:
+def _weight(logits: Any, peak: Any, temperature: Any) -> Any:
+    return ops.exp((logits - peak) / temperature)
+
+
+def _floor(logits: Any, weights: Any, peak: Any, temperature: Any, target: Any, low: Any) -> Any:
     """A value `[B, 1, 1]` that is under the fewest largest logits weighing at least `target`, and not under the others.
 
     Args:
         logits: `[B, blocks, width]`.
         weights: of the logits; None counts them.
-        weight_at: what a logit weighs at least that is larger than the value given.
+        peak: `[B, 1, 1]`, the largest logit.
+        temperature: `[B, 1, 1]`.
         target: `[B, 1, 1]`; +inf switches a row off, which then gets `low`. So does a row whose logits all weigh less.
         low: `[B, 1, 1]`, under all logits that may be kept.
-        high: `[B, 1, 1]`, the largest logit.
 
     Bisection instead of sorting: what lies over `low` weighs at least the target, what lies over `high` less. It ends as soon as
     no logit over `low` can be spared, as a rule after some 15 steps, or when no float is left between. One step reads the
     logits once; where all rows are off, there is none.
     """
-
-    def step(middle: Callable[[Any, Any], Any], low: Any, high: Any, is_open: Any, is_first: Any) -> tuple[Any, ...]:
-        value = ops.where(is_first, low, middle(low, high))  # is `low` low enough at all?
-        mask = _over(logits, value)
-        weight = _sum(mask if weights is None else mask * weights)
-        is_enough, none_to_spare = weight >= target, weight - weight_at(value) < target
-        between = ops.logical_and(value > low, value < high)
-        is_needed = ops.where(is_first, is_enough, between)
-        is_open = is_open & is_needed & ~(is_enough & none_to_spare)
-        # Rows that are done may go on: what lies over their `low` does not change any more.
-        low, high = ops.where(is_enough, value, low), ops.where(is_first | is_enough, high, value)
-        return low, high, is_open, ops.zeros_like(is_first)
+    is_count = weights is None
+    fixed = (logits, logits if is_count else weights, peak, temperature, target)
 
     def is_any_open(low: Any, high: Any, is_open: Any, is_first: Any) -> Any:
         return ops.any(is_open)
 
-    state = (low, high, ops.isfinite(target), ops.ones_like(low, dtype="bool"))
+    # A copy: a recording in which two arguments are one tensor would serve the first step only.
+    state = (low, ops.copy(peak), ops.isfinite(target), ops.ones_like(low, dtype="bool"))
     for middle, steps in ((_middle_value, STEPS_BY_VALUE), (_middle_float, STEPS_BY_BITS)):
-        state = ops.while_loop(is_any_open, functools.partial(step, middle), state, maximum_iterations=steps)
+        step = backend.repeated(functools.partial(_halve, is_count, middle), f"halve{middle.__name__}_{is_count}")
+        state = ops.while_loop(is_any_open, functools.partial(step, *fixed), state, maximum_iterations=steps)
     return state[0]
+
+
+def _halve(
+    is_count: bool,
+    middle: Callable[[Any, Any], Any],
+    logits: Any,
+    weights: Any,
+    peak: Any,
+    temperature: Any,
+    target: Any,
+    low: Any,
+    high: Any,
+    is_open: Any,
+    is_first: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """A step of `_floor`: the bounds, which rows go on, and that it is not the first."""
+    value = ops.where(is_first, low, middle(low, high))  # is `low` low enough at all?
+    mask = _over(logits, value)
+    weight = _sum(mask if is_count else mask * weights)
+    least = 1.0 if is_count else _weight(value, peak, temperature)  # what each logit over the value weighs
+    is_enough, none_to_spare = weight >= target, weight - least < target
+    between = ops.logical_and(value > low, value < high)
+    is_needed = ops.where(is_first, is_enough, between)
+    is_open = is_open & is_needed & ~(is_enough & none_to_spare)
+    # Rows that are done may go on: what lies over their `low` does not change any more.
+    low, high = ops.where(is_enough, value, low), ops.where(is_first | is_enough, high, value)
+    return low, high, is_open, ops.zeros_like(is_first)
 
 
 def _middle_value(low: Any, high: Any) -> Any:
