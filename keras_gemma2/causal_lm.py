@@ -41,10 +41,10 @@ class Gemma2CausalLM(Generates, Scores, FromPreset, keras_hub.models.CausalLM):
     backbone_cls = Gemma2Backbone
     preprocessor_cls = Gemma2CausalLMPreprocessor
 
+    sampler: Any = "greedy"  # until `compile` sets another
+
     def __init__(self, backbone: Gemma2Backbone, preprocessor: Any = None, **kwargs: Any) -> None:
-        check_keywords(
-            "Gemma2CausalLM", {k: v for k, v in kwargs.items() if k != "compile"}, ("backbone", "preprocessor")
-        )
+        check_keywords("Gemma2CausalLM", {k: v for k, v in kwargs.items() if k != "compile"}, ("backbone", "preprocessor"))
         self.backbone = backbone
         self.preprocessor = preprocessor
         inputs = backbone.input
@@ -136,9 +136,7 @@ class Gemma2CausalLM(Generates, Scores, FromPreset, keras_hub.models.CausalLM):
         """What Keras calls where the policy is a quantized one: nothing differs here."""
         return self.call(*args, **kwargs)
 
-    def fit(
-        self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any
-    ) -> Any:
+    def fit(self, x: Any = None, y: Any = None, batch_size: int | None = None, sample_weight: Any = None, **kwargs: Any) -> Any:
         """Trains the model; as `keras.Model.fit`.
 
         Args:
@@ -155,9 +153,7 @@ class Gemma2CausalLM(Generates, Scores, FromPreset, keras_hub.models.CausalLM):
         """
         self._warn_about_half_precision_weights()
         if kwargs.get("class_weight") is not None:
-            raise ValueError(
-                "`class_weight` does not apply to a language model: its classes are tokens. Use `sample_weight`."
-            )
+            raise ValueError("`class_weight` does not apply to a language model: its classes are tokens. Use `sample_weight`.")
         x, y, sample_weight = self._with_labels(x, y, sample_weight)
         validation = kwargs.get("validation_data")
         if isinstance(validation, (tuple, list)) or is_token_dict(validation):

@@ -21,7 +21,7 @@ HELP = """\
 /help       show this
 /quit       leave; so does the end of input (Ctrl-D)
 //text      say /text to the model
-Ctrl-C stops an answer, and leaves where there is none."""
+Ctrl-C stops an answer (twice: at once), and leaves where there is none."""
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MISTAKES = (ValueError, TypeError, OSError, FloatingPointError)
 
@@ -108,7 +108,7 @@ def _obey(chat: Any, line: str) -> bool:
 
 
 def _answer(chat: Any, text: str) -> None:
-    """Writes an answer as it comes; Ctrl-C ends it after the token that is being made, and twice at once."""
+    """Writes an answer as it comes; Ctrl-C ends it after the piece of text that is being made, a second one at once."""
     last, is_stopped = "", False
     try:
         with _first_interrupt_held() as is_interrupted, contextlib.closing(chat.stream(text)) as pieces:

@@ -75,6 +75,9 @@ MUTATIONS = [
     Mutation("tapes outlive the weights they read", "backend/torch_tapes.py", "if state != self._state:", "if False:", "test_tape.py", "changed_weights"),
     Mutation("tapes do not look again", "backend/torch_tape.py", " != {self._expression(operation.results)}: raise", " is None: raise", "test_tape.py", "asked_again"),
     Mutation("writes do not keep reads apart", "backend/torch_tape.py", "self.changed.update(", "set().update(", "test_tape.py", "writes"),
+    Mutation("the loop does not end with its rows", DECODE, "ops.logical_and(i < steps, ops.any(variables[3]))", "i < steps", "test_tape.py", "loop_ends"),
+    Mutation("one tensor in two arguments not told apart", "backend/torch_tapes.py", "return places if len(first) < len(places) else ()", "return ()", "test_tape.py", "one_tensor"),
+    Mutation("beams of NaN", "generation/own_loop.py", "    if broken.size:", "    if False:", "test_calls.py", "not_numbers"),
     Mutation("low digits dropped", "backend/torch_int8.py", "torch.add(low, high, alpha=_BASE)", "high.mul(_BASE)", "test_products.py", "variables_of_codes"),
 ]
 

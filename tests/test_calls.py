@@ -122,7 +122,19 @@ def test_max_new_tokens_and_max_length_bound_each_row(lm):
     assert out["token_ids"].shape[1] == lengths.max() + 5
     out = lm.generate(inputs, max_new_tokens=5, max_length=int(lengths.max()) + 1, stop_token_ids=None)
     assert out["padding_mask"].sum(axis=1).tolist() == [lengths[0] + 1, lengths[1] + 5]
-    assert lm.optimizer is not None  # compile's own, untouched by what a call is given
+
+
+def test_generating_leaves_what_compile_made_alone(lm):
+    optimizer, sampler, functions = lm.optimizer, lm.sampler, (lm.train_function, lm.compiled)
+    step = int(optimizer.iterations)
+    lm.generate(PROMPT, max_new_tokens=2, sampler=DRAWS, stop_strings="never there", stop_token_ids=[5])
+    assert lm.optimizer is optimizer and int(optimizer.iterations) == step and not optimizer.built
+    assert lm.sampler is sampler and (lm.train_function, lm.compiled) == functions
+
+
+def test_a_model_that_is_not_compiled_generates(lm):
+    bare = Gemma2CausalLM(lm.backbone, lm.preprocessor, compile=False)
+    assert not bare.compiled and bare.generate(PROMPT, max_new_tokens=3) == lm.generate(PROMPT, max_new_tokens=3)
 
 
 def test_logprobs_are_the_models_own(lm, peer):
@@ -282,6 +294,9 @@ def test_logits_that_are_not_numbers_are_said_to_be(lm):
         list(broken.stream(PROMPT, max_new_tokens=3, sampler=DRAWS))
     with pytest.raises(FloatingPointError, match="row 0.*not numbers"):
         broken.generate(PROMPT, max_new_tokens=3, sampler="beam")
+    for sampler in ("top_p", "random", Sampler(logits_processor=lambda ids, logits: logits)):
+        with pytest.raises(FloatingPointError, match="row 0.*not numbers"):
+            broken.generate(PROMPT, max_new_tokens=3, sampler=sampler)
     with pytest.raises(FloatingPointError, match="row 0.*not numbers"):
         broken.score(PROMPT)
 

@@ -10,7 +10,8 @@ from oracle import hugging_face_folder, hugging_face_logits
 from keras_gemma2 import Gemma2CausalLM, Sampler
 from keras_gemma2.cache import BLOCK, empty_caches
 from keras_gemma2.config import Gemma2Config
-from keras_gemma2.generation.runner import CHUNK, pieces
+from keras_gemma2.generation.runner import CHUNK, Runner, pieces
+from keras_gemma2.layers.blocked_attention import RunningSoftmax
 
 # As in test_parity: float32 rounding, as a share of the logits' range.
 TOLERANCE = 2e-5
@@ -92,6 +93,23 @@ def test_caches_of_the_published_models_take_three_quarters():
         empty_caches(config, 1, 8192, "bfloat16")
     full = 2 * 26 * 4 * 8192 * 256 * 2
     assert full == 872_415_232 and sum(sizes) <= 0.76 * full
+
+
+def test_no_more_keys_than_a_block_are_scored_at_once(pair, monkeypatch):
+    """Scores are `[chunk, block]` at most, whatever the length; local layers read no more than their ring and the chunk."""
+    seen = []
+    add = RunningSoftmax.add
+
+    def recorded(self, state, keys, values, mask):
+        seen.append((self.queries.shape[3], keys.shape[2]))
+        return add(self, state, keys, values, mask)
+
+    monkeypatch.setattr(RunningSoftmax, "add", recorded)
+    runner = Runner(pair[0].backbone)  # which compiles anew
+    caches, _ = runner.prefill(runner.new_caches(1, 1340), tokens(1300))
+    runner.step(caches, np.array([5], "int32"), np.array([1300], "int32"))
+    assert max(queries for queries, _ in seen) == CHUNK and {queries for queries, _ in seen} >= {1, CHUNK}
+    assert {keys for _, keys in seen} == {CHUNK, WINDOW, BLOCK}  # a chunk's own, a ring, a block of a full cache
 
 
 def compilations(runner):

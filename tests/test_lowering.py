@@ -3,6 +3,7 @@
 JAX only (see conftest.py): the exporter is JAX's.
 """
 
+import functools
 import warnings
 
 import keras
@@ -17,14 +18,16 @@ from keras_gemma2.generation.sampler import initial_marks, plan
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prefill_and_decoding_lower(platform, dtype):
+@pytest.mark.parametrize("dtype, quantize", [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4")])
+def test_prefill_and_decoding_lower(platform, dtype, quantize, monkeypatch):
     import jax
 
     folder, _ = hugging_face_folder(max_position_embeddings=2048, sliding_window=700, num_hidden_layers=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lm = Gemma2CausalLM.from_preset(folder, dtype=dtype)
+        lm = Gemma2CausalLM.from_preset(folder, dtype=dtype, quantize=quantize)
+    # What is lowered is the program that runs there: the package asks JAX where it is for its dtypes and products.
+    monkeypatch.setattr(jax, "default_backend", lambda: {"cuda": "gpu"}.get(platform, platform))
     backbone, variables = lm.backbone, lm.backbone.variables
     batch = 2
     caches = lm.make_generate_function().new_caches(batch, 1500)  # more than a block, so that its loop is lowered too
@@ -42,11 +45,14 @@ def test_prefill_and_decoding_lower(platform, dtype):
     rows, starts, counts = np.arange(batch, dtype="int32"), np.full(batch, 512, "int32"), np.full(batch, 512, "int32")
     hidden = np.zeros((batch, backbone.config.hidden_dim), backbone.compute_dtype)
 
-    def prefill(caches, hidden, ids, rows, starts, counts):
-        return extend_prompts(backbone, caches, hidden, ids, Tokens(rows, starts, counts, 512), rows)
+    def prefill(fresh, caches, hidden, ids, rows, starts, counts):
+        return extend_prompts(backbone, caches, hidden, ids, Tokens(rows, starts, counts, 512, fresh), rows)
 
-    exported = lower(prefill, caches, hidden, ids, rows, starts, counts)
-    assert exported.platforms == (platform,) and exported.out_avals[-1].shape == (batch, backbone.config.hidden_dim)
+    for fresh in (True, False):
+        exported = lower(functools.partial(prefill, fresh), caches, hidden, ids, rows, starts, counts)
+        assert exported.platforms == (platform,) and exported.out_avals[-1].shape == (batch, backbone.config.hidden_dim)
+        kept = {str(aval.dtype) for aval in exported.out_avals[:-1]}
+        assert kept == {dtype}, "caches are the CPU's"
 
     def loop(state, arrays, ids, positions, uniforms, steps):
         stops, limits = np.full((batch, 8), -1, "int32"), np.full(batch, 1500, "int32")
@@ -59,3 +65,15 @@ def test_prefill_and_decoding_lower(platform, dtype):
         loop, (caches, marks), chosen.arrays, np.ones(batch, "int32"), starts, np.zeros((STEPS, batch), "float32"), np.int32(3)
     )
     assert exported.platforms == (platform,) and len(exported.mlir_module_serialized) > 1000
+
+
+def test_a_step_gives_its_caches_up():
+    """Donated buffers are reused for the caches that come back, so that none is in memory twice."""
+    folder, _ = hugging_face_folder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runner = Gemma2CausalLM.from_preset(folder).make_generate_function()
+    caches, _ = runner.prefill(runner.new_caches(1, 64), [[2, 5, 7]])
+    before = [array for pair in caches for array in pair]
+    runner.step(caches, np.array([9], "int32"), np.array([3], "int32"))
+    assert all(array.is_deleted() for array in before)

@@ -222,6 +222,25 @@ def test_changed_weights_are_seen(change, tmp_path):
     assert out["token_ids"][0].tolist() == row
 
 
+def test_caches_are_written_in_place():
+    runner = model().make_generate_function()
+    caches, _ = runner.prefill(runner.new_caches(1, 64), [[2, 5, 7]])
+    before = [array.data_ptr() for pair in caches for array in pair]
+    for position in (3, 4):  # recorded, and from the recording
+        _, caches = runner.step(caches, np.array([9], "int32"), np.array([position], "int32"))
+        assert [array.data_ptr() for pair in caches for array in pair] == before
+
+
+def test_the_loop_ends_when_all_rows_have_ended(monkeypatch):
+    lm, steps = model(), []
+    inputs = tokens([[2, 5, 7], [2, 9, 4]])
+    rows = lm.generate(inputs, max_new_tokens=3, stop_token_ids=None, strip_prompt=True)["token_ids"]
+    run = torch_tapes.Tapes.run
+    monkeypatch.setattr(torch_tapes.Tapes, "run", lambda self, f, name, args: steps.append(name) or run(self, f, name, args))
+    lm.generate(inputs, max_new_tokens=30, stop_token_ids=rows[:, 2].tolist())
+    assert steps.count("step") <= 2  # the first token comes of the prompt
+
+
 def test_weights_given_up_are_freed():
     """Tapes hold no memory of weights that are quantized, packed or unpacked."""
     lm = model()

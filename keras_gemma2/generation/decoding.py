@@ -129,6 +129,10 @@ class HostDecoding(Decoding):
         else:
             last = np.array([row[-1] for row in self.rows], "int32")
             logits, self.caches = self.runner.step(self.caches, last, positions - 1)
+        # A sum shows NaN and infinities, which samplers of others draw from or fail on in words of their own.
+        broken = np.flatnonzero(~np.isfinite(ops.convert_to_numpy(ops.sum(logits, axis=-1))) & self.open_rows)
+        if broken.size:
+            raise not_numbers(int(broken[0]), len(self.rows[broken[0]]))
         tokens = self._choose_tokens(logits, self).astype("int32")
         logprobs = ops.convert_to_numpy(log_probability(logits, ops.convert_to_tensor(np.maximum(tokens, 0))))
         finite = np.isfinite(logprobs) & (tokens >= 0)

@@ -29,7 +29,7 @@ def generate_with_own_loop(runner: Runner, request: Request) -> list[list[int]]:
         The new ids of each row, a stop token that ended it included.
 
     Raises:
-        FloatingPointError: if the hidden states of the prompts are not numbers.
+        FloatingPointError: if the logits after the prompts are not numbers; later ones are not looked at.
     """
     sampler, prompts, max_length = request.sampler, request.prompts, max(request.limits)
     _refuse(request)
@@ -38,7 +38,7 @@ def generate_with_own_loop(runner: Runner, request: Request) -> list[list[int]]:
     shortest = min(len(prompt) for prompt in prompts)
     caches = runner.new_caches(len(prompts), max_length)
     caches, hidden = runner.prefill(caches, [prompt[:shortest] for prompt in prompts])
-    _check_numbers(ops.convert_to_numpy(ops.cast(hidden, "float32")), shortest)
+    _check_numbers(ops.convert_to_numpy(ops.sum(runner.logits(hidden), axis=-1)), shortest)
     token_ids = np.zeros((len(prompts), max_length), "int32")
     mask = np.zeros((len(prompts), max_length), "bool")
     for row, prompt in enumerate(prompts):
@@ -77,11 +77,11 @@ def _run_loop(backbone: Any, loop: _Loop, unused: tuple[()], caches: Any, token_
     return loop.sampler(next_token, token_ids, caches, index, mask, list(loop.stop_token_ids) or None)
 
 
-def _check_numbers(hidden: np.ndarray, count: int) -> None:
-    """Raises a FloatingPointError where prompts end in no numbers: within the sampler's loop nobody looks."""
-    rows = np.argwhere(~np.isfinite(hidden).all(axis=1))
-    if rows.size:
-        raise not_numbers(int(rows[0][0]), count)
+def _check_numbers(sums: np.ndarray, count: int) -> None:
+    """Raises a FloatingPointError where the first logits, summed, are no numbers: within the sampler's loop nobody looks."""
+    broken = np.flatnonzero(~np.isfinite(sums))
+    if broken.size:
+        raise not_numbers(int(broken[0]), count)
 
 
 def _refuse(request: Request) -> None:
