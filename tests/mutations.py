@@ -77,6 +77,10 @@ MUTATIONS = [
     Mutation("writes do not keep reads apart", "backend/torch_tape.py", "self.changed.update(", "set().update(", "test_tape.py", "writes"),
     Mutation("the loop does not end with its rows", DECODE, "ops.logical_and(i < steps, ops.any(variables[3]))", "i < steps", "test_tape.py", "loop_ends"),
     Mutation("one tensor in two arguments not told apart", "backend/torch_tapes.py", "return places if len(first) < len(places) else ()", "return ()", "test_tape.py", "one_tensor"),
+    Mutation("what comes of weights is kept", "backend/torch_tape.py", "if id(tensor) not in self.weights:", "if True:", "test_tape.py", "changed_weights"),
+    Mutation("recordings run under autocast", "backend/torch.py", "is_taped = tapes is not None and", "is_taped = True or", "test_tape.py", "autocast"),
+    Mutation("padding stops beams", "generation/own_loop.py", "NOT_YET = -1", "NOT_YET = 0", "test_generation.py", "padding_does_not"),
+    Mutation("beams keep the caller's sampler", "generation/own_loop.py", "sampler = type(sampler).from_config(sampler.get_config())", "pass", "test_generation.py", "sampler_that_changes"),
     Mutation("beams of NaN", "generation/own_loop.py", "    if broken.size:", "    if False:", "test_calls.py", "not_numbers"),
     Mutation("low digits dropped", "backend/torch_int8.py", "torch.add(low, high, alpha=_BASE)", "high.mul(_BASE)", "test_products.py", "variables_of_codes"),
 ]

@@ -161,6 +161,26 @@ def test_ragged_beam_search_keeps_the_prompts(pair):
     assert all(text[: len(row)].tolist() == row for row, text in zip(rows, out))
 
 
+def test_a_stop_that_is_the_padding_does_not_end_beams_before_they_begin(pair):
+    lm, _ = pair
+    inputs = as_dict(prompts(3), 12)
+    free = lm.generate(inputs, stop_token_ids=None, sampler="beam")["token_ids"]
+    assert (free != 0).all(), "another seed is needed"
+    np.testing.assert_array_equal(lm.generate(inputs, stop_token_ids=[0], sampler="beam")["token_ids"], free)
+
+
+def test_a_beam_sampler_that_changes_is_another_one(pair):
+    lm, _ = pair
+    inputs = as_dict(prompts(3), 12)
+    one, three = (keras_hub.samplers.BeamSampler(num_beams=count) for count in (1, 3))
+    greedy, wide = (lm.generate(inputs, stop_token_ids=None, sampler=sampler)["token_ids"] for sampler in (one, three))
+    assert (greedy != wide).any(), "another seed is needed"
+    three.num_beams = 1
+    np.testing.assert_array_equal(lm.generate(inputs, stop_token_ids=None, sampler=three)["token_ids"], greedy)
+    again = lm.generate(inputs, stop_token_ids=None, sampler=keras_hub.samplers.BeamSampler(num_beams=3))["token_ids"]
+    np.testing.assert_array_equal(again, wide)
+
+
 def test_contrastive_search_is_refused(pair):
     lm, _ = pair
     lm.compile(sampler=keras_hub.samplers.ContrastiveSampler())

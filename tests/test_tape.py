@@ -1,5 +1,6 @@
 """Tapes of PyTorch operations: they do what the recorded function does. PyTorch only (see conftest.py)."""
 
+import concurrent.futures
 import gc
 import importlib
 import weakref
@@ -12,7 +13,8 @@ from conftest import TINY
 from keras import ops
 
 from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Sampler, backend
-from keras_gemma2.backend import torch_tapes
+from keras_gemma2.backend import torch_tape, torch_tapes
+from keras_gemma2.backend.torch_int8 import PackedInt8
 from keras_gemma2.backend.torch_tape import Diverged, record
 from keras_gemma2.generation.decode import next_logits
 
@@ -195,7 +197,7 @@ def test_nothing_is_recorded_twice(monkeypatch):
     assert counts[0] > 1 and counts[-1] <= 5 and counts[-1] == counts[-2], counts
 
 
-@pytest.mark.parametrize("change", ["assign", "fit", "in place", "quantize", "load"])
+@pytest.mark.parametrize("change", ["assign", "fit", "in place", "unnoticed", "quantize", "load"])
 def test_changed_weights_are_seen(change, tmp_path):
     lm = model()
     prompt = [2, 5, 7, 30, 12]
@@ -206,6 +208,8 @@ def test_changed_weights_are_seen(change, tmp_path):
     elif change == "in place":
         with torch.no_grad():
             norm.value.mul_(-2).add_(1)
+    elif change == "unnoticed":  # which no count of writes shows
+        norm.value.data.copy_(torch.full(norm.shape, 3.0))
     elif change == "fit":
         lm.compile(optimizer=keras.optimizers.SGD(1.0))
         lm.fit({"token_ids": np.array([prompt]), "padding_mask": np.ones((1, 5), "int32")}, verbose=0)
@@ -220,6 +224,55 @@ def test_changed_weights_are_seen(change, tmp_path):
             row.append(int(ops.argmax(lm(tokens([row]))[0, -1])))
     out = lm.generate(tokens([prompt]), max_new_tokens=6, stop_token_ids=None)
     assert out["token_ids"][0].tolist() == row
+
+
+def test_autocast_is_not_on_a_tape():
+    """A recording made without it is not run within it, and the other way round."""
+    inputs, lm, other = tokens([[2, 5, 7, 30, 12]]), model(), model()
+
+    def logprobs(lm):
+        return lm.generate(inputs, max_new_tokens=6, stop_token_ids=None, return_logprobs=True)[1][0]
+
+    plain = logprobs(lm)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = logprobs(lm)
+        np.testing.assert_array_equal(logprobs(other), cast)
+    np.testing.assert_array_equal(logprobs(other), plain)
+    assert (cast != plain).any()
+
+
+def test_constants_are_float32_whatever_the_default_is():
+    torch_tape._as_tensor.cache_clear()
+    x = tensors(0, (3,))[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = assert_same(lambda x: [x * 1.2345678, x + -0.0], [x])(x)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, x * 1.2345678, rtol=0, atol=0)
+
+
+def test_weights_made_in_inference_mode():
+    expected = model().generate(tokens([[2, 5, 7]]), max_new_tokens=4, stop_token_ids=None)["token_ids"]
+    with torch.inference_mode():
+        found = model().generate(tokens([[2, 5, 7]]), max_new_tokens=4, stop_token_ids=None)["token_ids"]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_packing_in_threads_leaves_pytorchs_engine_as_it_was():
+    engines = torch.backends.quantized.supported_engines
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "onednn" if "onednn" in engines else before
+    chosen = torch.backends.quantized.engine
+    codes = torch.randint(-127, 127, (200, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            packed = list(pool.map(lambda _: PackedInt8(codes), range(64)))
+        assert torch.backends.quantized.engine == chosen
+    finally:
+        torch.backends.quantized.engine = before
+    for one in packed:
+        assert torch.equal(one.unpacked(), codes)
 
 
 def test_caches_are_written_in_place():

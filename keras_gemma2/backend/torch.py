@@ -157,7 +157,9 @@ def compile_function(function: Callable, variables: list[keras.Variable], jit: b
 
     def call(donated: Any, *args: Any) -> Any:
         torch_packed.pack_ahead(variables)
-        with torch.no_grad(), contextlib.nullcontext() if tapes is None else tapes.in_use():
+        # `torch.autocast` changes what an operation does without being one: it is not on a tape.
+        is_taped = tapes is not None and not any(map(torch.is_autocast_enabled, {"cpu", get_device().partition(":")[0]} - {"meta"}))
+        with torch.no_grad(), tapes.in_use() if is_taped else contextlib.nullcontext():
             return function(donated, *args)
 
     return call

@@ -7,8 +7,11 @@ Rows of floats are written in base 128 with such digits, each digit a row of its
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,14 +27,8 @@ class PackedInt8:
     def __init__(self, codes: torch.Tensor) -> None:
         pieces = codes.split(ROWS_A_PIECE)
         threads = min(torch.get_num_threads(), len(pieces))
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
-                warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
-                self.pieces = list(pool.map(_prepacked, pieces))
-        finally:
-            torch.backends.quantized.engine = engine
+        with _fbgemm(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            self.pieces = list(pool.map(_prepacked, pieces))
 
     def unpacked(self) -> torch.Tensor:
         """The codes in plain order."""
@@ -61,6 +58,32 @@ class PackedInt8:
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         out = [multiply(digits, 1.0, _ZERO, piece) for piece in self.pieces]
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+class _Engine:
+    """PyTorch's engine of quantized products, as it was before the first of several threads entered."""
+
+    lock = threading.Lock()
+    users = 0
+    before = ""
+
+
+@contextlib.contextmanager
+def _fbgemm() -> Iterator[None]:
+    """A context in which PyTorch, whose setting is one for the whole process, packs for FBGEMM."""
+    with _Engine.lock:
+        if not _Engine.users:
+            _Engine.before = torch.backends.quantized.engine
+            torch.backends.quantized.engine = "fbgemm"
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation.*", module="keras_gemma2")
+        _Engine.users += 1
+    try:
+        yield
+    finally:
+        with _Engine.lock:
+            _Engine.users -= 1
+            if not _Engine.users:
+                torch.backends.quantized.engine = _Engine.before
 
 
 def _prepacked(codes: torch.Tensor) -> Any:

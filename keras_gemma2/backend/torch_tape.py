@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,20 +40,23 @@ class Diverged(Exception):
 Tape = Callable[..., list[torch.Tensor]]
 
 
-def record(function: Callable[..., Any], inputs: Sequence[torch.Tensor], is_compiled: bool = False) -> tuple[Any, Tape]:
+def record(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], is_compiled: bool = False, weights: Iterable[torch.Tensor] = ()
+) -> tuple[Any, Tape]:
     """Runs a function and makes a tape of it.
 
     Args:
         function: of no arguments; reads `inputs`. It may write to tensors, but must then be safe to start again from its beginning.
         inputs: the tensors that differ from run to run.
         is_compiled: whether to compile the tape with `torch.compile`, at its first run.
+        weights: tensors whose values may change unnoticed, by writes through `.data`: what comes of them is computed each time.
 
     Returns:
         What the function returned, and the tape: a function of other `inputs` of the same shapes, which returns the tensors of what
         `function` would have returned, in the order of `leaves`. It raises `Diverged` where the function looked at a value that is
         another one now.
     """
-    recorder = _Recorder(inputs)
+    recorder = _Recorder(inputs, {id(weight) for weight in weights})
     with recorder:
         out = function()
     program = _Program(recorder, [recorder.value_of(leaf) for leaf in leaves(out)], is_quick=not is_compiled)
@@ -119,8 +122,10 @@ class _Operation:
 class _Recorder(TorchDispatchMode):
     """Writes down the operations that run while it is entered."""
 
-    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, inputs: Sequence[torch.Tensor], weights: set[int]) -> None:
         super().__init__()
+        self.weights = weights  # by id
+        self.fixed: set[int] = set()  # numbers of what never changes
         self.recording = next(_RECORDINGS)
         self.numbers = itertools.count()
         self.operations: list[_Operation] = []
@@ -138,6 +143,8 @@ class _Recorder(TorchDispatchMode):
             return value
         value = self._from_outside(tensor)
         self.kept[value.number] = tensor
+        if id(tensor) not in self.weights:
+            self.fixed.add(value.number)
         return value
 
     def _from_outside(self, tensor: torch.Tensor) -> _Value:
@@ -153,11 +160,12 @@ class _Recorder(TorchDispatchMode):
         operation = _Operation(function, named, with_leaves(out, lambda leaf: self._made(leaf, root)))
         self.operations.append(operation)
         self._note_writes(function, named)
-        if operation.is_pure and all(value.number in self.kept for value in operation.values):
+        if operation.is_pure and all(value.number in self.fixed for value in operation.values):
             for leaf in leaves(out):
                 if isinstance(leaf, torch.Tensor) and leaf.numel() <= MAX_KEPT:
                     value = self.value_of(leaf)
                     self.kept[value.number] = leaf
+                    self.fixed.add(value.number)
         return out
 
     def _made(self, leaf: Any, root: int | None) -> Any:
@@ -193,13 +201,13 @@ def _quick(operation: _Operation) -> tuple[Any, tuple, dict]:
     if function is _ATEN._to_copy.default and list(kwargs) == ["dtype"]:
         return torch.Tensor.to, (args[0], kwargs["dtype"]), {}
     if function in _ARITHMETIC and args[0].is_float32_on_cpu and isinstance(args[1], float):
-        args = (args[0], _as_tensor(args[1]), *args[2:])  # which a number is made each time, in float64
+        args = (args[0], _as_tensor(args[1].hex()), *args[2:])  # which a number is made each time, in float64
     return _QUICK.get(function, function), args, kwargs
 
 
 @functools.lru_cache
-def _as_tensor(number: float) -> torch.Tensor:
-    return torch.tensor(number, device="cpu")
+def _as_tensor(number: str) -> torch.Tensor:
+    return torch.tensor(float.fromhex(number), dtype=torch.float32, device="cpu")
 
 
 class _Program:

@@ -37,7 +37,7 @@ class Tapes:
     """The tapes of one function.
 
     Args:
-        variables: what it reads besides its arguments. Some of their values are on the tapes, which therefore end when one changes.
+        variables: what it reads besides its arguments. Tapes end when one is another tensor, or packed, or written to.
         is_compiled: whether the tapes are compiled with `torch.compile`.
     """
 
@@ -72,34 +72,42 @@ class Tapes:
         """What changes when a variable's values do."""
         with torch._C.DisableTorchFunctionSubclass():  # looking must not unpack what is packed
             values = [variable.value for variable in self._variables]
-            return [(id(value), value.data_ptr(), value._version, id(value.__dict__.get("packed"))) for value in values]
+            return [(id(value), value.data_ptr(), _version(value), id(value.__dict__.get("packed"))) for value in values]
 
     def run(self, function: Callable[..., Any], name: str, args: tuple) -> Any:
         """`function(*args)`, from a tape if there is one."""
         tensors = list(leaves(args))
         key = (name, *_repetitions(tensors), *[(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors])
-        tapes = self._by_shapes.setdefault(key, [])
+        by_shapes = self._by_shapes  # other threads may drop them meanwhile: then what is recorded here is not kept
+        tapes = by_shapes.setdefault(key, [])
         for i, (tape, places) in enumerate(tapes):
             try:
                 found = tape(*tensors)
             except Diverged:
                 continue
             if i:
-                self._by_shapes[key] = [tapes[i], *tapes[:i], *tapes[i + 1 :]]  # likely to be the next, too
+                by_shapes[key] = [tapes[i], *tapes[:i], *tapes[i + 1 :]]  # likely to be the next, too
             return with_leaves(places, found.__getitem__)
-        return function(*args) if len(tapes) >= MAX_TAPES else self._record(function, args, tensors, key)
+        return function(*args) if len(tapes) >= MAX_TAPES else self._record(function, args, tensors, key, by_shapes)
 
-    def _record(self, function: Callable[..., Any], args: tuple, tensors: list[torch.Tensor], key: Any) -> Any:
+    def _record(self, function: Callable[..., Any], args: tuple, tensors: list[torch.Tensor], key: Any, by_shapes: dict) -> Any:
         token = _IN_USE.set(None)  # on a tape, all runs from it
         try:
-            out, tape = record(lambda: function(*args), tensors, self._is_compiled)
+            with torch._C.DisableTorchFunctionSubclass():
+                weights = [variable.value for variable in self._variables]
+            out, tape = record(lambda: function(*args), tensors, self._is_compiled, weights)
         finally:
             _IN_USE.reset(token)
         places = itertools.count()
         numbered = with_leaves(out, lambda leaf: next(places))
-        self._by_shapes[key] = [(tape, numbered), *self._by_shapes.get(key, [])]
+        by_shapes[key] = [(tape, numbered), *by_shapes.get(key, [])]
         self._is_recorded = True
         return out
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """What counts the writes to a tensor; one made in inference mode has no count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _repetitions(tensors: list[torch.Tensor]) -> tuple[int, ...]:

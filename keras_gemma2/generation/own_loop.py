@@ -16,6 +16,8 @@ from keras_gemma2.generation.decoding import not_numbers
 from keras_gemma2.generation.requests import Request
 from keras_gemma2.generation.runner import Runner
 
+NOT_YET = -1  # no token, so that none stops a row before it is there
+
 
 def has_own_loop(sampler: Any) -> bool:
     """Whether a sampler does more than choose the next token of each row."""
@@ -39,11 +41,13 @@ def generate_with_own_loop(runner: Runner, request: Request) -> list[list[int]]:
     caches = runner.new_caches(len(prompts), max_length)
     caches, hidden = runner.prefill(caches, [prompt[:shortest] for prompt in prompts])
     _check_numbers(ops.convert_to_numpy(ops.sum(runner.logits(hidden), axis=-1)), shortest)
-    token_ids = np.zeros((len(prompts), max_length), "int32")
+    token_ids = np.full((len(prompts), max_length), NOT_YET, "int32")
     mask = np.zeros((len(prompts), max_length), "bool")
     for row, prompt in enumerate(prompts):
         token_ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
 
+    if type(sampler) is keras_hub.samplers.BeamSampler:  # a copy is kept: the caller may change this one
+        sampler = type(sampler).from_config(sampler.get_config())
     loop = _Loop(json.dumps(sampler.get_config(), default=repr), request.stop_token_ids, sampler)
     arguments = (caches, *map(ops.convert_to_tensor, (token_ids, mask, np.int32(shortest))))
     if type(sampler) is keras_hub.samplers.BeamSampler:
@@ -100,6 +104,8 @@ def _refuse(request: Request) -> None:
 
 def _until_stop(token_ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
     for i, token_id in enumerate(token_ids):
+        if token_id == NOT_YET:
+            return token_ids[:i]
         if token_id in stop_token_ids:
             return token_ids[: i + 1]
     return token_ids

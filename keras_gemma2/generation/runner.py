@@ -170,28 +170,29 @@ class Runner:
 
     def first(self, choosing: Choosing, marks: Any, hidden: Any, positions: Any, open_rows: Any, uniforms: Any) -> Any:
         """The compiled `decode.choose_next`: the token that follows each prompt."""
-        if choosing.key not in self._first:
+        key = choosing.key
+        if key not in self._first:
 
             def run(marks: Any, arrays: Any, stops: Any, limits: Any, hidden: Any, *rest: Any) -> Any:
-                chosen = Choosing(choosing.key, arrays, stops, limits)
-                return choose_next(chosen, self._head(hidden), marks, *rest)
+                return choose_next(Choosing(key, arrays, stops, limits), self._head(hidden), marks, *rest)
 
-            self._first[choosing.key] = self._compiled(run)
+            self._first[key] = self._compiled(run)
         arguments = _tensors(positions, open_rows, uniforms)
-        return self._first[choosing.key](marks, *_of(choosing), hidden, *arguments)
+        return self._first[key](marks, *_of(choosing), hidden, *arguments)
 
     def loop(
         self, choosing: Choosing, state: Any, token_ids: Any, positions: Any, open_rows: Any, uniforms: Any, steps: int
     ) -> Any:
         """The compiled `decode.decode_loop`."""
-        if choosing.key not in self._loops:
+        key = choosing.key
+        if key not in self._loops:
 
             def run(state: Any, arrays: Any, stops: Any, limits: Any, *rest: Any) -> Any:
-                return decode_loop(self.backbone, Choosing(choosing.key, arrays, stops, limits), state, *rest)
+                return decode_loop(self.backbone, Choosing(key, arrays, stops, limits), state, *rest)
 
-            self._loops[choosing.key] = self._compiled(run)
+            self._loops[key] = self._compiled(run)
         arguments = _tensors(token_ids, positions, open_rows, uniforms, np.int32(steps))
-        return self._loops[choosing.key](state, *_of(choosing), *arguments)
+        return self._loops[key](state, *_of(choosing), *arguments)
 
     def logits(self, hidden: Any) -> Any:
         """Float32 logits `[..., V]` of hidden states `[..., D]` after the final norm."""

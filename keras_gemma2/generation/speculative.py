@@ -85,8 +85,10 @@ class SpeculativeDecoding(Decoding):
             return super()._choose(1)
         tokens, logprobs, accepted = self._verify(lengths, proposals)
         self._draft.learn(accepted)
-        self.stats += SpeculationStats(int(proposals.counts.sum()), int(accepted.sum()), 1)
-        return self._until_end(tokens, lengths), logprobs
+        tokens = self._until_end(tokens, lengths)
+        used = np.minimum(accepted, (tokens != CLOSED).sum(axis=1))  # none after a row's end
+        self.stats += SpeculationStats(int(proposals.counts.sum()), int(used.sum()), 1)
+        return tokens, logprobs
 
     def _uniforms(self, positions: np.ndarray) -> np.ndarray:
         # A row that had no proposal must not notice whether another one had.
