@@ -329,12 +329,12 @@ def test_many_messages_take_linear_time(tokenizer):
     draw = random.Random(3)
     messages = conversation([" ".join(draw.choices(["fox", "<end_of_turn>", "\n", "dog"], k=20)) + "." for _ in range(9_999)])
 
-    def seconds(messages):
-        start = time.perf_counter()
+    def seconds(messages):  # of the processor: the suite runs beside others
+        start = time.process_time()
         ids = chat_token_ids(tokenizer, messages)
         assert ids.count(END) == len(messages)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(messages[:1])
     short = min(seconds(messages[:999]) for _ in range(3))
-    assert seconds(messages) < max(40 * short, 0.5), "10 times the messages; quadratic work would take 100 times as long"
+    assert min(seconds(messages) for _ in range(3)) < max(40 * short, 0.5), "10 times the messages; quadratic work would take 100 times as long"
