@@ -337,4 +337,6 @@ def test_many_messages_take_linear_time(tokenizer):
 
     seconds(messages[:1])
     short = min(seconds(messages[:999]) for _ in range(3))
-    assert min(seconds(messages) for _ in range(3)) < max(40 * short, 0.5), "10 times the messages; quadratic work would take 100 times as long"
+    assert min(seconds(messages) for _ in range(3)) < max(40 * short, 0.5), (
+        "10 times the messages; quadratic work would take 100 times as long"
+    )
