@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import math
+import sys
 import weakref
 
 import keras
@@ -15,6 +16,9 @@ from conftest import TINY
 from keras import ops
 
 from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, backend, cli
+from keras_gemma2.benchmarks.load import write_random_folder
+from keras_gemma2.benchmarks.processes import in_fresh_process
+from keras_gemma2.config import Gemma2Config
 from keras_gemma2.layers import DecoderBlock, Linear, TiedEmbedding
 from keras_gemma2.layers.quantization import QuantizedMatrix
 from keras_gemma2.presets.convert import convert
@@ -225,6 +229,23 @@ def test_generation_equals_naive(quantized):
         assert found == row and len(set(row[len(PROMPT) :])) > 2
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_ragged_prompts_in_chunks(mode):
+    """Rows of three and two chunks and of a few tokens, past the window of 300 and the block of 1024."""
+    lm = model(num_layers=2, num_query_heads=4, num_key_value_heads=1, sliding_window_size=300, max_sequence_length=1100)
+    lm.quantize(mode)
+    weights, draw = weights_by_hand(lm.backbone), np.random.default_rng(3)
+    rows = [draw.integers(1, 97, length).tolist() for length in (1060, 530, 3)]
+    runner = lm.make_generate_function()
+    caches, hidden = runner.prefill(runner.new_caches(3, 1100), rows)
+    first = ops.convert_to_numpy(runner.logits(hidden))
+    positions = np.array([len(row) for row in rows], "int32")
+    after, _ = runner.step(caches, np.array([5, 6, 7], "int32"), positions)
+    for i, row in enumerate(rows):
+        expected = oracle.numpy_logits(weights, lm.backbone.config, [*row, 5 + i])[-2:]
+        np.testing.assert_allclose([first[i], ops.convert_to_numpy(after)[i]], expected, atol=LOGITS_ERROR[mode])
+
+
 def test_generation_is_compiled_anew():
     lm = model(num_layers=1)
     lm.generate(tokens([PROMPT]), max_length=16, stop_token_ids=None)
@@ -350,6 +371,21 @@ def test_quantizing_while_loading_is_quantizing_afterwards(folder, mode, dtype):
     assert bits(while_loading) == bits(afterwards)
     as_policy = Gemma2Backbone.from_preset(folder, dtype=f"{mode}_from_{dtype or 'bfloat16'}")
     assert bits(as_policy) == bits(afterwards)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_while_quantizing_as_it_loads(tmp_path, monkeypatch):
+    """At no time more than the codes and one tensor: 70 MB of bfloat16 become 35, and the largest tensor is 8.4 in float32."""
+    # What is freed goes back at once. With glibc's own threshold, small tensors leave holes of half the codes' size again.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    widths = {"num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 512, "intermediate_dim": 1280, "head_dim": 128}
+    path, config = str(tmp_path / "model"), Gemma2Config(vocabulary_size=4096, num_layers=12, **widths)
+    write_random_folder(path, 12, {"vocabulary_size": 4096, **widths})
+    arguments = ("--child", "ours", "--folder", path, "--dtype", "float32", "--quantize", "int8")
+    row = in_fresh_process("load", keras.backend.backend(), *arguments)
+    codes, largest = config.parameter_count() / 1e6, 4 * 4096 * 512 / 1e6
+    process = 48  # whatever the model's size: what is imported and allocated on first use; 11 to 36 measured
+    assert codes < row["peak"] / 1e6 < codes + largest + process < 3 * codes  # 3: beside the floats as they are stored
 
 
 def test_a_float32_checkpoint_quantized_as_bfloat16(tmp_path):
