@@ -147,8 +147,10 @@ def test_logprobs_are_the_models_own(lm, peer):
         expected = [expected[t - 1, ids[t]] for t in range(start, len(ids))]
         # float32 logits of tens through six layers, and a logsumexp of thousands of them.
         np.testing.assert_allclose(found, expected, atol=2e-4)
-    text, (scores,) = lm.generate(PROMPT, max_new_tokens=3, return_logprobs=True)
+    text, scores = lm.generate(PROMPT, max_new_tokens=3, return_logprobs=True)
     assert isinstance(text, str) and scores.shape == (3,) and scores.dtype == np.float32
+    texts, (same,) = lm.generate([PROMPT], max_new_tokens=3, return_logprobs=True)
+    assert texts == [text] and same.tolist() == scores.tolist()
 
 
 def test_scores_and_perplexity_equal_transformers(lm, peer):

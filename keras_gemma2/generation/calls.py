@@ -78,8 +78,8 @@ class Generates(Chats):
         Returns:
             A string for a string, a list for a list; for a dict, a dict of numpy `token_ids` int32 `[B, length]` and
             `padding_mask` bool, each row its prompt and completion from the left (the stop token included), then padding.
-            With `return_logprobs`, a pair of that and a list with, for each row, the float32 log-probability of each new token
-            under the model's own distribution, before the sampler's filters.
+            With `return_logprobs`, a pair of that and the float32 log-probabilities of the new tokens under the model's own
+            distribution, before the sampler's filters: an array for a string, else a list with an array a row.
 
         Raises:
             ValueError: for an empty list, something else than text, a prompt longer than `max_length` or the model's
@@ -96,7 +96,9 @@ class Generates(Chats):
             outputs, logprobs = self._generate_batches(inputs.as_numpy_iterator(), options, strip_prompt)
         else:
             outputs, logprobs = self._generate_batch(inputs, options, strip_prompt, 0)
-        return (outputs, logprobs) if return_logprobs else outputs
+        if not return_logprobs:
+            return outputs
+        return outputs, logprobs[0] if isinstance(outputs, str) else logprobs
 
     def _generate_batches(self, batches: Iterator[Any], options: Options, strip_prompt: bool) -> tuple[Any, list]:
         outputs: list[Any] = []
