@@ -19,10 +19,11 @@ from keras_gemma2.generation.scoring import Scores
 from keras_gemma2.inputs import check_keywords, check_token_inputs, is_token_dict, label_tokens
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.text_inputs import read_texts
+from keras_gemma2.training.steps import TrainsInChunks
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2CausalLM(Generates, Scores, FromPreset, keras_hub.models.CausalLM):
+class Gemma2CausalLM(TrainsInChunks, Generates, Scores, FromPreset, keras_hub.models.CausalLM):
     """A Gemma 2 causal language model: text in, text out.
 
     Called on `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` it gives float32 logits `[B, T, V]` after
@@ -64,8 +65,10 @@ class Gemma2CausalLM(Generates, Scores, FromPreset, keras_hub.models.CausalLM):
 
         Args:
             optimizer: "auto" (Adam at 2e-5), or what `keras.Model.compile` takes.
-            loss: "auto" (next-token cross-entropy on the logits), or what `keras.Model.compile` takes.
-            weighted_metrics: "auto" (token accuracy), or what `keras.Model.compile` takes.
+            loss: "auto" (next-token cross-entropy), or what `keras.Model.compile` takes: a function of labels and logits. "auto",
+                and a plain `SparseCategoricalCrossentropy(from_logits=True)`, never make the logits `[B, T, V]`.
+            weighted_metrics: "auto" (token accuracy and perplexity, from the loss's own pass), or what `keras.Model.compile` takes;
+                metrics of your own are given the logits, and so is then the loss.
             sampler: what `generate` uses when it is given none: a `keras_gemma2.Sampler`, or a keras-hub sampler or its name:
                 "greedy", "top_k", "top_p", "random", "beam".
             **kwargs: passed to `keras.Model.compile`.

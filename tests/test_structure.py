@@ -20,7 +20,7 @@ LAYERS = [
     {"cache"},
     {"tokenizer", "preprocessor", "plain_text", "chat"},
     {"backbone"},
-    {"generation"},
+    {"generation", "training"},
     {"causal_lm"},
     {"_registration"},
     {"checkpoints"},

@@ -26,6 +26,7 @@ FUNCTIONS = (
     "compile_function",
     "repeated",
     "no_gradients",
+    "sums_in_chunks",
 )
 
 if keras.backend.backend() not in SUPPORTED:
@@ -52,3 +53,4 @@ is_concrete = _module.is_concrete
 compile_function = _module.compile_function
 repeated = _module.repeated
 no_gradients = _module.no_gradients
+sums_in_chunks = _module.sums_in_chunks

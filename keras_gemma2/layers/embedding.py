@@ -83,10 +83,12 @@ class TiedEmbedding(MatrixLayer):
         return take_dequantized(self.embeddings, self.embeddings_scale, indices, self.quantization_mode)
 
     def _logits(self, hidden: Any) -> Any:
+        return soft_cap(self.uncapped_logits(hidden), self.logit_soft_cap)
+
+    def uncapped_logits(self, hidden: Any) -> Any:
+        """Float32 `[..., V]` of `hidden [..., D]`, before the soft cap."""
         # The product accumulates and stays in float32: a cap of 30 in bfloat16 leaves steps of 1/8 near the top.
-        hidden = ops.cast(hidden, self.compute_dtype)
-        logits = self.product(hidden, float32_output=True)
-        return soft_cap(logits, self.logit_soft_cap)
+        return self.product(ops.cast(hidden, self.compute_dtype), float32_output=True)
 
     def compute_output_spec(self, inputs: Any, reverse: bool = False) -> keras.KerasTensor:
         if reverse:
