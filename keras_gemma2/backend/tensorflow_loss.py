@@ -9,10 +9,12 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.variables import AutocastScope
 
+from keras_gemma2.backend.loss_terms import chunk_terms
+
 
 def sums_in_chunks(
     head: Callable,
-    terms: Callable,
+    cap: float | None,
     variables: list[keras.Variable],
     hidden: tf.Tensor,
     labels: tf.Tensor,
@@ -46,12 +48,12 @@ def sums_in_chunks(
             chunk, label = tf.gather(hidden, inside), tf.gather(labels, inside)
             weight = tf.where(index < count, tf.gather(weights, inside), 0.0)
             if not training:
-                more_nll, more_correct, _ = terms(logits(tables, chunk), label, weight)
+                more_nll, more_correct, _ = chunk_terms(logits(tables, chunk), label, weight, cap)
                 return i + 1, nll + more_nll, correct + more_correct, to_hidden, *to_tables
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch([chunk, *tables])
                 raw = logits(tables, chunk)
-            more_nll, more_correct, upstream = terms(raw, label, weight)
+            more_nll, more_correct, upstream = chunk_terms(raw, label, weight, cap)
             of_chunk, *of_tables = tape.gradient(raw, [chunk, *tables], output_gradients=upstream)
             # One row more, for what lies past the end.
             to_hidden = tf.tensor_scatter_nd_update(to_hidden, index[:, None], tf.cast(of_chunk, tf.float32))

@@ -1,8 +1,8 @@
 """The next-token loss from hidden states, without the logits `[B, T, V]`.
 
 Logits are made for a chunk of tokens at a time, and the chunk's gradient is taken from them at once (Hsu et al., "Liger Kernel",
-arXiv 2410.10989, section 3.2): nothing is computed twice, and what is kept is the gradient of the hidden states, and of the embedding
-where it is trained.
+arXiv 2410.10989, section 3.2): nothing is computed twice, and what is kept is the gradient of the hidden states, and of the
+embedding where it is trained.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 from keras import ops
 
 from keras_gemma2 import backend
-from keras_gemma2.layers.numerics import soft_cap
 
 CHUNK_BYTES = 1 << 26  # of float32 logits at a time
 MAX_ROWS = 1024
@@ -43,41 +42,7 @@ def next_token_sums(embedding: Any, hidden: Any, labels: Any, weights: Any, trai
     labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
     weights = ops.cast(ops.reshape(weights, (-1,)), "float32")
 
-    def terms(logits: Any, labels: Any, weights: Any) -> tuple[Any, Any, Any]:
-        return chunk_terms(logits, labels, weights, embedding.logit_soft_cap)
-
+    head, cap, variables = embedding.uncapped_logits, embedding.logit_soft_cap, embedding.variables
     rows = rows_a_chunk(embedding.vocabulary_size)
-    variables = embedding.variables
-    nll, correct = backend.sums_in_chunks(embedding.uncapped_logits, terms, variables, hidden, labels, weights, rows, training)
+    nll, correct = backend.sums_in_chunks(head, cap, variables, hidden, labels, weights, rows, training)
     return {"nll": nll, "correct": correct, "weight": ops.sum(weights)}
-
-
-def chunk_terms(logits: Any, labels: Any, weights: Any, cap: float | None) -> tuple[Any, Any, Any]:
-    """The loss of a chunk and its gradient.
-
-    Args:
-        logits: float32 `[n, V]`, before the soft cap.
-        labels: int32 `[n]`.
-        weights: float32 `[n]`.
-        cap: of the logits; None for none.
-
-    Returns:
-        Float32: the weighted sum of negative log-likelihoods, the weight of tokens that are right (the label's logit is the
-        largest, or ties with it), and the gradient `[n, V]` of the first with respect to the logits.
-    """
-    capped = soft_cap(logits, cap)
-    counts = weights != 0
-    known = ops.logical_and(labels >= 0, labels < logits.shape[-1])
-    labels = ops.where(known, labels, 0)
-    highest = ops.max(capped, axis=-1, keepdims=True)
-    exponentials = ops.exp(capped - highest)
-    total = ops.sum(exponentials, axis=-1, keepdims=True)
-    label_logits = ops.take_along_axis(capped, labels[:, None], axis=-1)
-    nll = ops.where(known, (ops.log(total) + highest - label_logits)[:, 0], float("nan"))
-    right = ops.logical_and(label_logits[:, 0] >= highest[:, 0], counts)
-    is_label = ops.arange(logits.shape[-1], dtype="int32")[None] == labels[:, None]
-    gradient = exponentials / total - ops.cast(is_label, "float32")
-    if cap is not None:
-        gradient = gradient * (1.0 - ops.square(capped / cap))
-    gradient = ops.where(counts[:, None], gradient * weights[:, None], 0.0)
-    return ops.sum(ops.where(counts, nll * weights, 0.0)), ops.sum(ops.where(right, weights, 0.0)), gradient
