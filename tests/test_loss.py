@@ -157,11 +157,15 @@ def test_logits_are_made_for_chunks_only(monkeypatch):
     x, y, weights = batch("one")
     lm.compile()
     lm.train_on_batch(x, y, weights)  # Keras runs the model on symbols first
-    terms = cross_entropy.chunk_terms
-    monkeypatch.setattr(
-        cross_entropy, "chunk_terms", lambda logits, *rest: (seen.append(tuple(logits.shape)), terms(logits, *rest))[1]
-    )
-    monkeypatch.setattr(type(lm.backbone.token_embedding), "_logits", lambda *args: pytest.fail("all logits at once"))
+    embedding = type(lm.backbone.token_embedding)
+    product = embedding.uncapped_logits
+
+    def recorded(self, hidden):
+        seen.append(tuple(hidden.shape))
+        return product(self, hidden)
+
+    monkeypatch.setattr(embedding, "uncapped_logits", recorded)
+    monkeypatch.setattr(embedding, "_logits", lambda *args: pytest.fail("all logits at once"))
     for step in ("train", "test"):
         lm.train_function = lm.test_function = None
         getattr(lm, f"{step}_on_batch")(x, y, weights)
@@ -178,12 +182,11 @@ def test_tokens_of_weight_0_are_not_looked_at():
     hidden = np.random.default_rng(0).standard_normal((2, 6, 42)).astype("float32")
     weights[1, 1] = 2
     hidden[0], hidden[1, 2:] = np.nan, np.nan
-    sums = cross_entropy.next_token_sums(
-        lm.backbone.token_embedding, ops.array(hidden), ops.array(labels), ops.array(weights), False
-    )
-    logits = lm.backbone.token_embedding(ops.array(hidden[1, 1:2]), reverse=True)
-    expected = 2 * keras.losses.sparse_categorical_crossentropy([7], logits, from_logits=True)
-    assert float(sums["nll"]) == pytest.approx(float(expected[0]), rel=1e-5) and float(sums["weight"]) == 2
+    embedding = lm.backbone.token_embedding
+    sums = cross_entropy.next_token_sums(embedding, *map(ops.array, (hidden, labels, weights)), False)
+    (logits,) = ops.convert_to_numpy(embedding(ops.array(hidden[1, 1:2]), reverse=True)).astype("float64")
+    expected = 2 * (np.log(np.exp(logits).sum()) - logits[7])
+    assert float(sums["nll"]) == pytest.approx(expected, rel=1e-5) and float(sums["weight"]) == 2
 
 
 def test_labels_outside_the_vocabulary_are_not_numbers():
