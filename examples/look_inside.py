@@ -32,7 +32,7 @@ from keras import ops
 
 import keras_gemma2
 from keras_gemma2 import backend
-from keras_gemma2.layers import token_positions
+from keras_gemma2.layers import visible_pairs
 from keras_gemma2.layers.numerics import soft_cap
 
 # Lincoln's address at Gettysburg, 1863 (Bliss copy; public domain). The embedded preset was not trained on it, and it is
@@ -118,8 +118,9 @@ def collect(lm: Any, text: str, layers: Sequence[int] | None = None) -> Inside:
     token_ids, padding_mask = ops.convert_to_tensor([ids], "int32"), ops.ones((1, len(ids)), "int32")
     attention, by_distance, scores, rms = {}, [], [], {}
     with backend.no_gradients():
-        positions = token_positions(padding_mask)
-        masks = {kind: mask(positions, padding_mask) for kind, mask in backbone.masks.items()}
+        positions = backbone.token_positions(padding_mask)
+        ranges = {kind: keys(padding_mask) for kind, keys in backbone.visible_keys.items()}
+        masks = {kind: visible_pairs(first, index, index) for kind, (first, index) in ranges.items()}
         rotary, x = backbone.rotary_embedding(positions), backbone.token_embedding(token_ids)
         for i, block in enumerate(backbone.transformer_layers):
             x, weights, pair = run_block(block, x, rotary, masks[config.layer_types[i]], rms)

@@ -14,12 +14,12 @@ from keras_gemma2.config import Gemma2Config
 from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.inputs import check_keywords, check_token_inputs
 from keras_gemma2.layers import (
-    AttentionMask,
     DecoderBlock,
     RMSNorm,
     RotaryEmbedding,
     TiedEmbedding,
-    token_positions,
+    TokenPositions,
+    VisibleKeys,
 )
 from keras_gemma2.layers.quantization import MatrixLayer, QuantizableContainer, check_policy, float_policy
 
@@ -30,7 +30,8 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
 
     A functional Keras model from `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` to the hidden states
     after the final norm, `[B, T, D]` in the compute dtype. Padding may stand anywhere: the hidden states at the real
-    tokens are those of the row without padding.
+    tokens are those of the row without padding. Several samples may be packed in a row: the padding mask then holds their numbers,
+    upward from 1 (`[1, 1, 1, 2, 2, 0]`), and the hidden states of each are those of the sample by itself.
 
     Source: Gemma 2 technical report (arXiv 2408.00118).
 
@@ -112,8 +113,9 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
         )
         floats = float_policy(dtype)  # of what has no matrix
         self.rotary_embedding = RotaryEmbedding(head_dim, rope_max_wavelength, dtype=floats, name="rotary_embedding")
-        self.masks = {
-            kind: AttentionMask(config.window(kind), dtype=floats, name=f"{kind}_attention_mask")
+        self.token_positions = TokenPositions(dtype=floats, name="token_positions")
+        self.visible_keys = {
+            kind: VisibleKeys(config.window(kind), dtype=floats, name=f"{kind}_visible_keys")
             for kind in sorted(set(config.layer_types))
         }
         self.embedding_dropout = (
@@ -131,8 +133,8 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
         super().__init__(inputs=inputs, outputs=self._forward(inputs), dtype=dtype, **kwargs)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
-        positions = token_positions(inputs["padding_mask"])
-        masks = {kind: mask(positions, inputs["padding_mask"]) for kind, mask in self.masks.items()}
+        positions = self.token_positions(inputs["padding_mask"])
+        masks = {kind: keys(inputs["padding_mask"]) for kind, keys in self.visible_keys.items()}
         real = ops.cast(inputs["padding_mask"], "bool")
         token_ids = ops.where(real, inputs["token_ids"], 0)  # whatever stands in the padding is not looked at
         return self.layer_norm(self.run_blocks(token_ids, positions, masks))
@@ -143,7 +145,7 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
         Args:
             token_ids: int `[B, T]`.
             positions: int `[B, T]`.
-            masks: bool `[B, T, T]` for each layer type; None with caches, which know.
+            masks: for each layer type what attention takes as its `mask`; None with caches, which know.
             caches: None, or for each layer what attention takes as its `cache` (see `cache.py`).
 
         Returns:

@@ -27,6 +27,8 @@ FUNCTIONS = (
     "repeated",
     "no_gradients",
     "sums_in_chunks",
+    "with_gradient",
+    "add_block",
 )
 
 if keras.backend.backend() not in SUPPORTED:
@@ -54,3 +56,5 @@ compile_function = _module.compile_function
 repeated = _module.repeated
 no_gradients = _module.no_gradients
 sums_in_chunks = _module.sums_in_chunks
+with_gradient = _module.with_gradient
+add_block = _module.add_block

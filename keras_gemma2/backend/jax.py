@@ -143,6 +143,24 @@ def no_gradients() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def with_gradient(forward: Callable, backward: Callable, *tensors: jax.Array) -> jax.Array:
+    """A function with a backward pass of its own.
+
+    Args:
+        forward: gives, for the tensors, a tensor, and whatever `backward` needs (nested tensors).
+        backward: gives, for these and the gradient of the tensor, a tuple of gradients with respect to the tensors; None for integers.
+        tensors: the function's arguments.
+    """
+    function = jax.custom_vjp(lambda *tensors: forward(*tensors)[0])
+    function.defvjp(forward, backward)
+    return function(*tensors)
+
+
+def add_block(buffer: jax.Array, index: Any, block: jax.Array) -> jax.Array:
+    """`buffer [n, ...]` with a `block [...]` added at an index; in place inside a loop."""
+    return jax.lax.dynamic_update_index_in_dim(buffer, buffer[index] + block, index, 0)
+
+
 def compile_function(function: Callable, variables: list[keras.Variable], jit: bool | None = None) -> Callable:
     """Compiles `function(donated, *args)`, which reads `variables`; the first argument's buffers are reused for outputs.
 

@@ -149,6 +149,28 @@ def no_gradients() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def with_gradient(forward: Callable, backward: Callable, *tensors: tf.Tensor) -> tf.Tensor:
+    """A function with a backward pass of its own.
+
+    Args:
+        forward: gives, for the tensors, a tensor, and whatever `backward` needs (nested tensors).
+        backward: gives, for these and the gradient of the tensor, a tuple of gradients with respect to the tensors; None for integers.
+        tensors: the function's arguments.
+    """
+
+    @tf.custom_gradient
+    def function(*tensors: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        value, kept = forward(*tensors)
+        return value, lambda upstream: backward(kept, upstream)
+
+    return function(*tensors)
+
+
+def add_block(buffer: tf.Tensor, index: Any, block: tf.Tensor) -> tf.Tensor:
+    """`buffer [n, ...]` with a `block [...]` added at an index; in place inside a loop."""
+    return tf.tensor_scatter_nd_add(buffer, [[index]], block[None])
+
+
 def compile_function(function: Callable, variables: list[keras.Variable], jit: bool | None = None) -> Callable:
     """Compiles `function(donated, *args)` with XLA, once a set of argument shapes.
 

@@ -146,6 +146,37 @@ def no_gradients() -> contextlib.AbstractContextManager:
     return torch.no_grad()
 
 
+def with_gradient(forward: Callable, backward: Callable, *tensors: torch.Tensor) -> torch.Tensor:
+    """A function with a backward pass of its own.
+
+    Args:
+        forward: gives, for the tensors, a tensor, and whatever `backward` needs (nested tensors).
+        backward: gives, for these and the gradient of the tensor, a tuple of gradients with respect to the tensors; None for integers.
+        tensors: the function's arguments.
+    """
+    return _WithGradient.apply(forward, backward, *tensors)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Callable, backward: Callable, *tensors: torch.Tensor) -> torch.Tensor:
+        value, kept = forward(*tensors)
+        ctx.tree, ctx.gradients = keras.tree.map_structure(lambda _: None, kept), backward
+        ctx.save_for_backward(*keras.tree.flatten(kept))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple:
+        kept = keras.tree.pack_sequence_as(ctx.tree, ctx.saved_tensors)
+        return None, None, *ctx.gradients(kept, upstream)
+
+
+def add_block(buffer: torch.Tensor, index: Any, block: torch.Tensor) -> torch.Tensor:
+    """`buffer [n, ...]` with a `block [...]` added at an index, in place."""
+    buffer[index].add_(block)
+    return buffer
+
+
 def compile_function(function: Callable, variables: list[keras.Variable], jit: bool | None = None) -> Callable:
     """Runs `function(donated, *args)` without recording gradients.
 

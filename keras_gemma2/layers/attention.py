@@ -9,9 +9,11 @@ from keras import ops
 
 from keras_gemma2.layers.blocked_attention import MASKED_SCORE
 from keras_gemma2.layers.linear import Linear
+from keras_gemma2.layers.mask import visible_pairs
 from keras_gemma2.layers.numerics import saturate, soft_cap
 from keras_gemma2.layers.quantization import QuantizableContainer
 from keras_gemma2.layers.rotary import apply_rotary
+from keras_gemma2.layers.trained_attention import BLOCK, attend_in_blocks
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
@@ -30,7 +32,8 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
     Call arguments:
         inputs: `[B, T, D]`.
         cos, sin: float32 `[B, T, 1, H / 2]`, from `RotaryEmbedding`.
-        mask: bool `[B, T, T]`, true where a query may see a key; None with a cache, which knows.
+        mask: bool `[B, T, T]`, true where a query may see a key; or `(first, index)` of `VisibleKeys`, with which long sequences are
+            attended to in blocks, and no `[T, T]` is held; None with a cache, which knows.
         cache: None, or an object whose `attend(queries, keys, values, soft_cap)` stores the new keys and values and gives what the
             queries read from all it holds (`keras_gemma2.cache.LayerCache`).
 
@@ -85,7 +88,10 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
         queries, keys, values = self._project(inputs, cos, sin)
         if cache is not None:
             heads = cache.attend(queries, keys, values, self.logit_soft_cap)
+        elif isinstance(mask, (tuple, list)) and not _is_short(inputs.shape[1]):
+            heads = attend_in_blocks(queries, keys, values, *mask, self.logit_soft_cap)
         else:
+            mask = visible_pairs(*mask, mask[1]) if isinstance(mask, (tuple, list)) else mask
             scores = soft_cap(self._scores(queries, keys), self.logit_soft_cap)
             heads = self._combine(self._masked_softmax(scores, mask), values)
         return self.output_projection(self._together(heads))
@@ -134,3 +140,8 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
             "query_pre_attn_scalar": self.query_pre_attn_scalar,
             "logit_soft_cap": self.logit_soft_cap,
         }
+
+
+def _is_short(length: int | None) -> bool:
+    """Whether all scores of a sequence are no more than those of a block."""
+    return length is not None and length <= BLOCK
