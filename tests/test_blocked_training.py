@@ -119,7 +119,9 @@ def test_blocks_that_no_query_sees_are_left_out():
     clean = array(attend_in_blocks(queries, ops.convert_to_tensor(keys), ops.convert_to_tensor(keys), first, index, CAP, block=5))
     spoilt = keys.copy()
     spoilt[:, :, :5] = spoilt[:, :, 15:] = np.nan
-    spoilt = array(attend_in_blocks(queries, ops.convert_to_tensor(spoilt), ops.convert_to_tensor(spoilt), first, index, CAP, block=5))
+    spoilt = array(
+        attend_in_blocks(queries, ops.convert_to_tensor(spoilt), ops.convert_to_tensor(spoilt), first, index, CAP, block=5)
+    )
     np.testing.assert_array_equal(spoilt[..., 5:15, :], clean[..., 5:15, :])
     assert np.isnan(spoilt[..., :5, :]).all() and np.all(clean[..., 15:, :] == 0)
 

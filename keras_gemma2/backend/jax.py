@@ -148,7 +148,8 @@ def with_gradient(forward: Callable, backward: Callable, *tensors: jax.Array) ->
 
     Args:
         forward: gives, for the tensors, a tensor, and whatever `backward` needs (nested tensors).
-        backward: gives, for these and the gradient of the tensor, a tuple of gradients with respect to the tensors; None for integers.
+        backward: gives, for these and the gradient of the tensor, a tuple of gradients with respect to the tensors, None for
+            integers.
         tensors: the function's arguments.
     """
     function = jax.custom_vjp(lambda *tensors: forward(*tensors)[0])

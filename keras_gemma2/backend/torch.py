@@ -151,7 +151,8 @@ def with_gradient(forward: Callable, backward: Callable, *tensors: torch.Tensor)
 
     Args:
         forward: gives, for the tensors, a tensor, and whatever `backward` needs (nested tensors).
-        backward: gives, for these and the gradient of the tensor, a tuple of gradients with respect to the tensors; None for integers.
+        backward: gives, for these and the gradient of the tensor, a tuple of gradients with respect to the tensors, None for
+            integers.
         tensors: the function's arguments.
     """
     return _WithGradient.apply(forward, backward, *tensors)

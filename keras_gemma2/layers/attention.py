@@ -32,7 +32,7 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
     Call arguments:
         inputs: `[B, T, D]`.
         cos, sin: float32 `[B, T, 1, H / 2]`, from `RotaryEmbedding`.
-        mask: bool `[B, T, T]`, true where a query may see a key; or `(first, index)` of `VisibleKeys`, with which long sequences are
+        mask: bool `[B, T, T]`, true where a query may see a key; or `(first, index)` of `VisibleKeys`, with which long rows are
             attended to in blocks, and no `[T, T]` is held; None with a cache, which knows.
         cache: None, or an object whose `attend(queries, keys, values, soft_cap)` stores the new keys and values and gives what the
             queries read from all it holds (`keras_gemma2.cache.LayerCache`).

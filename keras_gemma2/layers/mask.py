@@ -80,8 +80,8 @@ class VisibleKeys(keras.layers.Layer):
         padding_mask: bool or int `[B, T]`, nonzero at real tokens; samples packed in a row are numbered upward.
 
     Returns:
-        `(first, index)`, each int32 `[B, T]`. `index` counts the real tokens of a row, from 0; it is -1 for padding. A query sees the
-        keys whose index is in `[first, its own index]`.
+        `(first, index)`, each int32 `[B, T]`. `index` counts the real tokens of a row, from 0; it is -1 for padding. A query sees
+        the keys whose index is in `[first, its own index]`.
 
     Example:
         >>> first, index = VisibleKeys(2)(keras.ops.array([[1, 1, 1, 2, 2, 0]]))
