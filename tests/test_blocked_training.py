@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from keras_gemma2 import Gemma2Backbone
-from keras_gemma2.layers import VisibleKeys, token_positions
+from keras_gemma2.layers import TokenPositions, VisibleKeys, token_positions
 from keras_gemma2.layers.trained_attention import attend_in_blocks
 
 CAP = 5.0
@@ -175,3 +175,12 @@ def test_positions_of_packed_samples():
     positions, real = array(token_positions(padding)), array(padding) != 0
     assert positions[0][real[0]].tolist() == [0, 1, 0, 1, 2, 0]
     assert positions[1].tolist() == list(range(9)) and positions[2].tolist() == [0, 1] + [0] * 7
+
+
+def test_configs():
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    layers = [
+        keras.layers.deserialize(keras.layers.serialize(x)) for x in (TokenPositions(dtype=policy), VisibleKeys(3, dtype=policy))
+    ]
+    assert layers[1].sliding_window_size == 3
+    assert layers[0].dtype_policy.name == layers[1].dtype_policy.name == "mixed_bfloat16"

@@ -68,6 +68,9 @@ class TokenPositions(keras.layers.Layer):
     def compute_output_spec(self, padding_mask: Any) -> keras.KerasTensor:
         return keras.KerasTensor(padding_mask.shape, "int32")
 
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config()  # Keras's own, which it refuses where `__init__` was given a dtype policy and this is missing
+
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
 class VisibleKeys(keras.layers.Layer):
