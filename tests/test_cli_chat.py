@@ -102,6 +102,7 @@ def test_an_interrupt_waits_for_the_piece_and_a_second_one_does_not(terminal, ca
             for word in text.split():
                 for _ in range(word.count("!")):
                     signal.raise_signal(signal.SIGINT)
+                    time.sleep(0.01)  # Python runs a handler between two instructions, and one for signals that came together
                 yield word
 
     handler = signal.getsignal(signal.SIGINT)
