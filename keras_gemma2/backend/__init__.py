@@ -29,6 +29,7 @@ FUNCTIONS = (
     "sums_in_chunks",
     "with_gradient",
     "add_block",
+    "CompilesSteps",
 )
 
 if keras.backend.backend() not in SUPPORTED:
@@ -58,3 +59,4 @@ no_gradients = _module.no_gradients
 sums_in_chunks = _module.sums_in_chunks
 with_gradient = _module.with_gradient
 add_block = _module.add_block
+CompilesSteps = _module.CompilesSteps

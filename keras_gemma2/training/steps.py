@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_gemma2 import backend
 from keras_gemma2.training.cross_entropy import next_token_sums
 from keras_gemma2.training.token_metrics import TokenMetrics
 
@@ -18,7 +19,7 @@ _TARGETS: contextvars.ContextVar[tuple[Any, Any, Any] | None] = contextvars.Cont
 _REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
 
-class TrainsInChunks:
+class TrainsInChunks(backend.CompilesSteps):
     """The part of a language model that `fit`, `evaluate`, `train_on_batch` and `test_on_batch` go through.
 
     With the default loss (or a plain `SparseCategoricalCrossentropy(from_logits=True)`) and the default metrics, a step calls the
