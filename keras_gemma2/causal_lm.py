@@ -130,6 +130,28 @@ class Gemma2CausalLM(TrainsInChunks, Generates, Scores, FromPreset, keras_hub.mo
             # The rest of what `compile` was given stays as it is: a loss that is a function cannot be made anew from a config.
             self.optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Keeps of each decoder block its input alone in training, and computes the rest again in the backward pass.
+
+        Losses and gradients stay the same; a step takes a forward pass longer. Nothing else changes, and nothing is saved of it.
+
+        Source: Chen et al., arXiv 1604.06174.
+
+        Example:
+            >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
+            >>> lm.enable_gradient_checkpointing()
+        """
+        self._set_gradient_checkpointing(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Undoes `enable_gradient_checkpointing`."""
+        self._set_gradient_checkpointing(False)
+
+    def _set_gradient_checkpointing(self, enabled: bool) -> None:
+        for block in self.backbone.transformer_layers:
+            block.recomputes = enabled
+        self.train_function = None  # compiled with the blocks as they were
+
     @property
     def _is_quantized(self) -> bool:
         """Keras's mark of a layer that `quantize` has nothing left to do for."""

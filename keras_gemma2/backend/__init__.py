@@ -30,6 +30,7 @@ FUNCTIONS = (
     "with_gradient",
     "add_block",
     "CompilesSteps",
+    "recomputed",
 )
 
 if keras.backend.backend() not in SUPPORTED:
@@ -60,3 +61,4 @@ sums_in_chunks = _module.sums_in_chunks
 with_gradient = _module.with_gradient
 add_block = _module.add_block
 CompilesSteps = _module.CompilesSteps
+recomputed = _module.recomputed

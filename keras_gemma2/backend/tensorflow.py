@@ -14,6 +14,7 @@ from keras_gemma2.backend import tensorflow_blocks, tensorflow_quantized, tensor
 from keras_gemma2.backend.memory import gather_rows, untouched
 from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.tensorflow_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
+from keras_gemma2.backend.tensorflow_recompute import recomputed  # noqa: F401 - one of the names of a backend
 
 
 def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) -> tf.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_gemma2 import backend
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.layers.attention import GroupedQueryAttention
 from keras_gemma2.layers.feed_forward import FeedForward
@@ -23,6 +24,9 @@ class DecoderBlock(QuantizableContainer, keras.layers.Layer):
 
     Args:
         config: a `Gemma2Config`, or the dict of one.
+
+    Attributes:
+        recomputes: whether training keeps a block's input alone, and computes the rest again in the backward pass.
 
     Call arguments:
         inputs: `[B, T, D]`, the residual stream.
@@ -54,6 +58,8 @@ class DecoderBlock(QuantizableContainer, keras.layers.Layer):
         self.pre_ffw_norm = self._norm("pre_ffw_norm")
         self.feed_forward = FeedForward(config.intermediate_dim, dtype=policy, name="feed_forward")
         self.post_ffw_norm = self._norm("post_ffw_norm", stream)
+        self.recomputes = False
+        self._is_recomputing = False
         self.dropout = keras.layers.Dropout(config.dropout, dtype=stream, name="dropout") if config.dropout else None
 
     def _norm(self, name: str, output_dtype: str | None = None) -> RMSNorm:
@@ -72,9 +78,28 @@ class DecoderBlock(QuantizableContainer, keras.layers.Layer):
         self.built = True
 
     def call(self, inputs: Any, cos: Any, sin: Any, mask: Any, cache: Any = None, training: bool | None = None) -> Any:
+        if self.recomputes and training and cache is None and not self._is_recomputing:
+            return self._recomputed(inputs, cos, sin, mask)
         attended = self.attention(self.pre_attention_norm(inputs), cos, sin, mask, cache=cache)
         x = inputs + self._drop(self.post_attention_norm(attended), training)
         return x + self._drop(self.post_ffw_norm(self.feed_forward(self.pre_ffw_norm(x))), training)
+
+    def _recomputed(self, inputs: Any, cos: Any, sin: Any, mask: Any) -> Any:
+        """The call's result, of which nothing is kept for the backward pass but what it is called with."""
+        masks = list(mask) if isinstance(mask, (tuple, list)) else [mask]
+
+        def run(inputs: Any, cos: Any, sin: Any, *masks: Any) -> Any:
+            # Through `__call__`, for in the backward pass there is no call around this to say that it is training.
+            mask = tuple(masks) if len(masks) > 1 else masks[0]
+            self._is_recomputing = True
+            try:
+                return self(inputs, cos, sin, mask, training=True)
+            finally:
+                self._is_recomputing = False
+
+        weights = {id(weight) for weight in self.weights}
+        seeds = [variable for variable in self.variables if id(variable) not in weights]
+        return backend.recomputed(run, seeds, inputs, cos, sin, *masks)
 
     def _drop(self, x: Any, training: bool | None) -> Any:
         return x if self.dropout is None else self.dropout(x, training=training)
