@@ -1,10 +1,10 @@
-"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize`."""
+"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize | train`."""
 
 from __future__ import annotations
 
 import argparse
 
-from keras_gemma2.benchmarks import build, generate, load, quantize
+from keras_gemma2.benchmarks import build, generate, load, quantize, train
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     load.add_command(commands)
     generate.add_command(commands)
     quantize.add_command(commands)
+    train.add_command(commands)
     options = parser.parse_args()
     options.run(options)
 
