@@ -41,7 +41,7 @@ def add_command(commands: Any) -> None:
         "--steps",
         type=int,
         default=3,
-        help="timed after the first, of which the best counts; 0 is for memory alone (default: %(default)s)",
+        help="timed after the first; the best counts, and 0 is for memory alone (default: %(default)s)",
     )
     add("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure keras-hub, and transformers with peft, too")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="also ours with gradient checkpointing")
