@@ -33,7 +33,7 @@ class Generates(Chats):
         `compile`) `torch.compile` makes it faster still, after a minute's work; with `run_eagerly`, each layer is called each time.
         """
         jit = False if self.run_eagerly else self.jit_compile or None
-        state = [jit, *(id(variable) for variable in self.backbone.variables)]
+        state = [jit, self.backbone.adapter_set.state, *(id(variable) for variable in self.backbone.variables)]
         if self._runner is None or self._runner_state != state:
             self._runner, self._runner_state = Runner(self.backbone, jit), state
         return self._runner
