@@ -48,6 +48,12 @@ def peft_model(**config):
     return model
 
 
+def module_name(path):
+    block, _, layer = path.split("/")
+    names = {"query": "self_attn.q", "key": "self_attn.k", "value": "self_attn.v", "output_projection": "self_attn.o"}
+    return f"model.layers.{block.removeprefix('decoder_block_')}.{names.get(layer, f'mlp.{layer}')}_proj"
+
+
 def fill(lm, seed=4):
     draw = np.random.default_rng(seed)
     for factors in lm.backbone.adapter_set.factors(lm.active_adapter).values():
@@ -125,6 +131,7 @@ def test_gradients_are_those_of_peft(tmp_path):
     ids = torch.tensor(IDS)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(parameters) == len(lm.trainable_variables) == 2 * 7 * 4
+    first = {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
     losses = []
     for _ in range(2):
         labels = np.roll(IDS, -1, 1)
@@ -140,15 +147,12 @@ def test_gradients_are_those_of_peft(tmp_path):
                 # Keras divides by all tokens, PEFT's loss by those that have a next one.
                 parameter -= 0.1 * parameter.grad * float(weights.sum() / IDS.size)
     assert losses[1] < losses[0]
-    modules = {"query": "self_attn.q_proj", "down": "mlp.down_proj", "output_projection": "self_attn.o_proj"}
     for path, factors in lm.backbone.adapter_set.factors("default").items():
-        block, _, layer = path.split("/")
-        if layer in modules:
-            name = f"base_model.model.model.layers.{block[-1]}.{modules[layer]}.lora_"
-            for factor, array in zip("AB", factors.arrays()):
-                expected = parameters[f"{name}{factor}.default.weight"].detach().numpy()
-                assert np.abs(array - expected).max() <= 2e-5 * np.abs(expected).max()  # float32, two steps
-    assert_same_logits(logits(lm), hugging_face_logits(model, IDS))
+        for factor, array in zip("AB", factors.arrays()):
+            expected = parameters[f"base_model.model.{module_name(path)}.lora_{factor}.default.weight"].detach().numpy()
+            change = np.abs(expected - first[f"base_model.model.{module_name(path)}.lora_{factor}.default.weight"]).max()
+            # Float32 through four layers, twice; XLA's tanh on TensorFlow is the least exact part.
+            assert np.abs(array - expected).max() <= 1e-3 * change, (path, factor)
 
 
 def test_half_precision_files_and_weights(tmp_path):
