@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from keras_gemma2.layers.low_rank import LowRank
 from keras_gemma2.lora import LoraSettings, check_adapter_name, projection_shapes
 
 DEFAULT = "default"  # PEFT's name for an adapter that is given none
+_STORED_FACTOR = re.compile("/adapters/[^/]+/vars/1$")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -324,6 +327,21 @@ class HasAdapters:
         settings, values = read_adapter(folder, self._adapters.config)
         self._add_adapter(name, settings, values)
 
+    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
+        """As `keras.Model.load_weights`, which would pass over adapters in a file that the model does not have.
+
+        Raises:
+            ValueError: for such a file; nothing is changed then.
+        """
+        stored = _stored_factors(os.fspath(filepath))
+        own = sum(len(settings.ranks) for settings in self._adapters.settings.values())
+        if stored > own and not skip_mismatch:
+            raise ValueError(
+                f"{filepath} holds adapters for {stored} projections, and the model has them for {own}. Call `enable_lora` as it was "
+                "called before the file was written, or use `save_adapter` and `load_adapter`."
+            )
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+
     def _add_adapter(self, name: str, settings: LoraSettings, values: Any = None) -> None:
         self._adapters.add(name, settings, values)
         self._adapters_changed()
@@ -333,3 +351,14 @@ def _text(name: Any) -> str:
     if not isinstance(name, str):
         raise ValueError(f"`name` must be the name of an adapter. Received: {name!r}.")
     return name
+
+
+def _stored_factors(filepath: str) -> int:
+    """How many pairs of factors a file of Keras's weights holds; of another kind of file, 0."""
+    paths: list[str] = []
+    if filepath.endswith(".weights.h5") and os.path.isfile(filepath):
+        import h5py
+
+        with h5py.File(filepath, "r") as file:
+            file.visit(paths.append)
+    return sum(bool(_STORED_FACTOR.search(path)) for path in paths)

@@ -295,7 +295,12 @@ def test_a_model_quantized_under_its_adapter():
     fill(lm)
     expected, text = logits(lm), texts(lm)
     lm.quantize("int8")
-    assert np.abs(logits(lm) - expected).max() < 0.1 * np.ptp(expected)
+    other = model()
+    other.quantize("int8")
+    other.enable_lora(3, targets="all")
+    fill(other)
+    assert_close(logits(lm), logits(other), 1e-6)
+    assert np.abs(logits(lm) - expected).max() > 1e-3
     assert lm.adapter_names == ["default"] and len(lm.trainable_variables) == 28
     assert len(texts(lm)[0]) == len(text[0])
     lm.delete_adapter("default")
@@ -451,7 +456,7 @@ def test_keras_files_keep_adapters(tmp_path):
     assert fresh.active_adapter == "second"
     fresh.load_weights(tmp_path / "lm.weights.h5")
     assert (logits(fresh) == logits(lm)).all()
-    with pytest.raises(ValueError, match="first.*second.*load_adapter|enable_lora"):
+    with pytest.raises(ValueError, match="adapters for 17 projections.*enable_lora"):
         model("mixed_bfloat16").load_weights(tmp_path / "lm.weights.h5")
     plain = model("mixed_bfloat16")
     plain.save_weights(tmp_path / "plain.weights.h5")
@@ -461,7 +466,8 @@ def test_keras_files_keep_adapters(tmp_path):
 
 @pytest.mark.parametrize("form", ["keras_gemma2", "keras_hub"])
 def test_presets_hold_merged_weights(form, tmp_path):
-    lm = model()
+    keras_hubs = {"rope_max_wavelength": 10000.0, "layer_norm_epsilon": 1e-6, "query_pre_attn_scalar": 16}
+    lm = model(**keras_hubs, max_sequence_length=8192)
     plain = logits(lm)
     lm.enable_lora(3, 7, "all")
     fill(lm)
