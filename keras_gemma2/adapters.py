@@ -125,15 +125,16 @@ class AdapterSet:
             layer.active_adapter = name if name in layer.adapters else None
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """A context in which no adapter is active."""
-        active = self.active
-        self._switch(None)
+    def only(self, name: str | None) -> Iterator[None]:
+        """A context in which one adapter is active, or none; what is trainable stays as it is."""
+        before = self.active
+        if name != before:
+            self._switch(name)
         try:
             yield
         finally:
-            if self.active is None and active in self.settings:
-                self._switch(active)
+            if self.active == name != before and (before is None or before in self.settings):
+                self._switch(before)
 
     def remove(self, name: str) -> None:
         """Removes an adapter. With the last one, what was trainable without adapters is so again."""
@@ -244,7 +245,7 @@ class HasAdapters:
             >>> with lm.disable_adapter():
             ...     before = lm.generate("Once upon a time", max_new_tokens=20)
         """
-        with self._adapters.disabled():
+        with self._adapters.only(None):
             self._adapters_changed()
             yield
         self._adapters_changed()
@@ -337,8 +338,8 @@ class HasAdapters:
         own = sum(len(settings.ranks) for settings in self._adapters.settings.values())
         if stored > own and not skip_mismatch:
             raise ValueError(
-                f"{filepath} holds adapters for {stored} projections, and the model has them for {own}. Call `enable_lora` as it was "
-                "called before the file was written, or use `save_adapter` and `load_adapter`."
+                f"{filepath} holds adapters for {stored} projections, and the model has them for {own}. Call `enable_lora` as "
+                "before the file was written, or use `save_adapter` and `load_adapter`."
             )
         super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 

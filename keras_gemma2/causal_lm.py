@@ -124,7 +124,7 @@ class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPres
         """
         self.backbone.quantize(mode, config=config)
         self.dtype_policy = self.backbone.dtype_policy
-        self._runner = None  # holds the floats
+        self._runners = None  # hold the floats
         self.train_function = self.test_function = self.predict_function = None
         self._post_quantize(mode)
         if self.compiled and getattr(self.optimizer, "built", False):

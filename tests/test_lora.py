@@ -386,6 +386,22 @@ def test_generation_follows_the_values(monkeypatch):
     assert len({str(text) for text in seen}) >= 4
 
 
+def test_a_text_that_was_begun_goes_on_with_its_adapter():
+    lm = model()
+    lm.enable_lora(3, 9, "all")
+    fill(lm)
+    expected, row = texts(lm)[0], {"token_ids": IDS[:1], "padding_mask": np.ones((1, 11), int)}
+    again = model()
+    again.enable_lora(3, 9, "all")
+    fill(again)
+    stream = again.stream(row, max_new_tokens=9, stop_token_ids=None)
+    found = [next(stream)[1]]
+    with again.disable_adapter():  # steps are compiled, or recorded, in here
+        found += [token for _, token in stream]
+    assert expected[11:] == found
+    assert texts(again)[0] == expected
+
+
 def test_the_backbones_own_methods_are_followed():
     """As users of keras-hub know it."""
     lm = model()
