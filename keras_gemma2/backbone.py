@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import keras_hub
 from keras import ops
 
+from keras_gemma2.adapters import DEFAULT, AdapterSet, HasAdapters
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.inputs import check_keywords, check_token_inputs
@@ -21,11 +23,14 @@ from keras_gemma2.layers import (
     TokenPositions,
     VisibleKeys,
 )
+from keras_gemma2.layers.linear import Linear
+from keras_gemma2.layers.low_rank import merges_on_save
 from keras_gemma2.layers.quantization import MatrixLayer, QuantizableContainer, check_policy, float_policy
+from keras_gemma2.lora import KERAS_HUB_TARGETS, LoraSettings
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone):
+class Gemma2Backbone(HasAdapters, QuantizableContainer, FromPreset, keras_hub.models.Backbone):
     """The Gemma 2 transformer without its output projection.
 
     A functional Keras model from `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` to the hidden states
@@ -131,6 +136,7 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
         # Keras's mark of a layer that `quantize` has nothing left to do for; it asks before it takes a quantized policy.
         self._is_quantized = keras.dtype_policies.get(dtype).quantization_mode is not None
         super().__init__(inputs=inputs, outputs=self._forward(inputs), dtype=dtype, **kwargs)
+        self.adapter_set = AdapterSet(self)
 
     def _forward(self, inputs: dict[str, Any]) -> Any:
         positions = self.token_positions(inputs["padding_mask"])
@@ -159,11 +165,15 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
             x = block(x, cos, sin, masks[kind]) if caches is None else block(x, cos, sin, None, cache=caches[i])
         return x
 
-    def named_weights(self) -> dict[str, Any]:
+    def named_weights(self, merged: bool = False) -> dict[str, Any]:
         """Every weight by its path in `Gemma2Config.weight_shapes`, which the checkpoint tables are written in.
 
         Each is its `keras.Variable`; a quantized matrix is a `layers.quantization.QuantizedMatrix`, which reads and assigns
         floats, so that codes are never taken for weights.
+
+        Args:
+            merged: whether matrices with an active adapter come as a `layers.low_rank.MergedMatrix`, to be read: as they are with
+                the adapter added.
         """
         named = {
             "token_embedding/embeddings": self.token_embedding.matrix,
@@ -173,23 +183,62 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
             for path in self.config.block_weight_shapes():
                 *layers, variable = path.split("/")
                 layer = functools.reduce(getattr, layers, block)
-                named[f"decoder_block_{i}/{path}"] = layer.matrix if isinstance(layer, MatrixLayer) else getattr(layer, variable)
+                weight = layer.matrix if isinstance(layer, MatrixLayer) else getattr(layer, variable)
+                if merged and isinstance(layer, Linear) and layer.active_adapter is not None:
+                    weight = layer.merged(layer.active_adapter)
+                named[f"decoder_block_{i}/{path}"] = weight
         return named
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         check_token_inputs(inputs, self.config.vocabulary_size)  # before Keras's own checks, which cannot name the mend
         return super().__call__(inputs, *args, **kwargs)
 
-    def enable_lora(self, rank: int, target_layer_names: list[str] | None = None) -> None:
-        """Refused in this version: the inherited method would freeze every weight and adapt none.
+    def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
+        """As keras-hub's backbones have it: adds low-rank factors, and freezes every other weight.
+
+        The scale is 1; the adapter's name is "default". `Gemma2CausalLM.enable_lora` has more to set.
+
+        Args:
+            rank: of the factors.
+            target_layer_names: names of layers, ours ("query") or those of keras-hub's Gemma ("query_dense"); None for queries and
+                values.
 
         Raises:
-            RuntimeError: always.
+            ValueError: for a rank outside its range, or a name that no projection has; nothing is changed then.
+            TypeError: for a rank that is no integer.
+
+        Example:
+            >>> backbone.enable_lora(4)
+            >>> len(backbone.trainable_variables)  # of 26 layers: two factors for queries, two for values
+            104
         """
-        raise RuntimeError(
-            "`enable_lora` is not part of this version of keras_gemma2: nothing was changed. Fine-tune all weights with `fit`, "
-            "or freeze layers by their `trainable` attribute."
-        )
+        if isinstance(target_layer_names, str):
+            raise TypeError(f"`target_layer_names` must be a list of names. Received: {target_layer_names!r}.")
+        targets = list(KERAS_HUB_TARGETS if target_layer_names is None else target_layer_names)
+        self._add_adapter(DEFAULT, LoraSettings.of(self.config, rank, rank, targets))
+
+    def default_lora_layer_names(self) -> list[str]:
+        """The targets of `enable_lora` where it is given none."""
+        return list(KERAS_HUB_TARGETS)
+
+    def save_lora_weights(self, filepath: Any) -> None:
+        """Refused: keras-hub's files know layers by their number alone. `save_adapter` writes PEFT's format.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("Adapters are written by `save_adapter(folder)`, in PEFT's format, and read by `load_adapter`.")
+
+    def load_lora_weights(self, filepath: Any) -> None:
+        """Refused, as `save_lora_weights` is.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("Adapters are read by `load_adapter(folder)`, in PEFT's format, and written by `save_adapter`.")
+
+    def _adapters_changed(self) -> None:
+        self.train_function = self.test_function = self.predict_function = None
 
     def quantize(self, mode: str | None = None, config: Any = None) -> None:
         """Keeps all matrices in 8 or 4 bits from now on, in place; norms stay as they are.
@@ -221,7 +270,18 @@ class Gemma2Backbone(QuantizableContainer, FromPreset, keras_hub.models.Backbone
     def get_config(self) -> dict[str, Any]:
         # keras-hub's own would write a map of the quantized layers' policies, and takes their names from them on the way.
         dtype = keras.dtype_policies.serialize(self.dtype_policy)
-        return {"name": self.name, "trainable": self.trainable, "dtype": dtype, **self.config.to_dict()}
+        adapters = {} if merges_on_save() else self.adapter_set.to_config()
+        extra = {"adapters": adapters} if adapters else {}
+        return {"name": self.name, "trainable": self.trainable, "dtype": dtype, **self.config.to_dict(), **extra}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Gemma2Backbone:
+        """Makes a backbone of what `get_config` gives, its adapters included."""
+        arguments = {name: value for name, value in config.items() if name != "adapters"}
+        backbone = super().from_config(arguments)
+        if config.get("adapters"):
+            backbone.adapter_set.from_config(config["adapters"])
+        return backbone
 
 
 def _config_property(name: str) -> property:

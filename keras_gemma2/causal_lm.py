@@ -19,11 +19,12 @@ from keras_gemma2.generation.scoring import Scores
 from keras_gemma2.inputs import check_keywords, check_token_inputs, is_token_dict, label_tokens
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.text_inputs import read_texts
+from keras_gemma2.training.adapters import TrainsAdapters
 from keras_gemma2.training.steps import TrainsInChunks
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2CausalLM(TrainsInChunks, Generates, Scores, FromPreset, keras_hub.models.CausalLM):
+class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPreset, keras_hub.models.CausalLM):
     """A Gemma 2 causal language model: text in, text out.
 
     Called on `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` it gives float32 logits `[B, T, V]` after
@@ -123,7 +124,7 @@ class Gemma2CausalLM(TrainsInChunks, Generates, Scores, FromPreset, keras_hub.mo
         """
         self.backbone.quantize(mode, config=config)
         self.dtype_policy = self.backbone.dtype_policy
-        self._runner = None  # holds the floats
+        self._runners = None  # hold the floats
         self.train_function = self.test_function = self.predict_function = None
         self._post_quantize(mode)
         if self.compiled and getattr(self.optimizer, "built", False):

@@ -62,6 +62,9 @@ class FromPreset:
         checkpoint go, files that belong to none stay. A backbone, tokenizer or preprocessor replaces its own part alone, and
         is not saved beside a part in another format: they have file names in common.
 
+        Where an adapter is active, the weights are written with it added (quantized ones quantized anew), and the model stays as it
+        is. `save_adapter` writes the adapter alone.
+
         Args:
             preset_dir: the folder; made if missing, `~` expanded.
             format: "keras_gemma2" for this package's classes, or "keras_hub" for those of keras-hub (models only), which
@@ -92,7 +95,9 @@ class FromPreset:
             arguments = None if preprocessor is None else preprocessor.get_config()
             _save_for_keras_hub(backbone, tokenizer, arguments, target, owned, **kwargs)
             return
-        with replacing_folder(target, _bytes(backbone), owned) as staging:
+        from keras_gemma2.layers.low_rank import merged_on_save  # models import this module
+
+        with replacing_folder(target, _bytes(backbone), owned) as staging, merged_on_save():
             super().save_to_preset(staging, **kwargs)
 
     def export_to_transformers(
@@ -107,6 +112,8 @@ class FromPreset:
         The folder changes in one step, as with `save_to_preset`. A backbone is written as the whole causal language model,
         since its output projection is its embedding. A tokenizer or preprocessor writes the tokenizer's files alone, beside
         a model in the same format that is there.
+
+        Where an adapter is active, the weights are written with it added, and the model stays as it is.
 
         The chat template written is Gemma's; `convert` keeps one that a Hugging Face source has of its own.
 

@@ -14,12 +14,12 @@ import keras_gemma2
 PACKAGE = Path(keras_gemma2.__file__).parent
 # Lower layers first; a module may import only from its own layer or lower ones.
 LAYERS = [
-    {"config", "errors", "folder_swap", "staging", "from_preset", "quantization"},
+    {"config", "errors", "folder_swap", "staging", "from_preset", "lora", "quantization"},
     {"backend"},
     {"layers", "inputs", "text_inputs"},
     {"cache"},
     {"tokenizer", "preprocessor", "plain_text", "chat"},
-    {"backbone"},
+    {"adapters", "backbone"},
     {"generation", "training"},
     {"causal_lm"},
     {"_registration"},

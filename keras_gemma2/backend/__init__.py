@@ -17,6 +17,7 @@ FUNCTIONS = (
     "untouched_tensor",
     "assign_row_blocks",
     "release",
+    "track_variables",
     "numpy_row_blocks",
     "write_slots",
     "read_slots",
@@ -48,6 +49,7 @@ tensor_from_row_blocks = _module.tensor_from_row_blocks
 untouched_tensor = _module.untouched_tensor
 assign_row_blocks = _module.assign_row_blocks
 release = _module.release
+track_variables = _module.track_variables
 numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
 read_slots = _module.read_slots

@@ -101,6 +101,10 @@ def release(variable: keras.Variable) -> None:
     """Nothing to do: the memory of a variable that a layer has given up goes with the variable."""
 
 
+def track_variables(layer: keras.layers.Layer) -> None:
+    """Nothing to do: what a layer's variables are is asked for each time."""
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_rows(buffer: jax.Array, block: jax.Array, start: int) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, block, (start,) + (0,) * (buffer.ndim - 1))

@@ -106,6 +106,10 @@ def release(variable: keras.Variable) -> None:
     """Nothing to do: the memory of a variable that a layer has given up goes with the variable."""
 
 
+def track_variables(layer: keras.layers.Layer) -> None:
+    """Nothing to do: what a layer's variables are is asked for each time."""
+
+
 def numpy_row_blocks(tensor: tf.Tensor, rows: int) -> Iterator[np.ndarray]:
     """Consecutive blocks of rows as numpy arrays."""
     return (tensor[start : start + rows].numpy() for start in range(0, tensor.shape[0], rows))

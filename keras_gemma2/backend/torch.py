@@ -85,6 +85,12 @@ def release(variable: keras.Variable) -> None:
     torch_tapes.drop_all()
 
 
+def track_variables(layer: keras.layers.Layer) -> None:
+    """Lists a layer's variables as its parameters, after layers below it got others: a step sets the gradients of those to None."""
+    layer._track_variables()
+    torch_tapes.drop_all()
+
+
 def _numpy_dtype(dtype: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 

@@ -102,8 +102,8 @@ def _refuse_adapter(folder: str) -> None:
     if not has_whole_model(names):
         base = read_json(path).get("base_model_name_or_path")
         raise CheckpointError(
-            f"The folder {folder!r} is a LoRA adapter of {shown(base)}, not a model: load the base model, or merge the two with "
-            "peft's `merge_and_unload` and pass the result."
+            f"The folder {folder!r} is a LoRA adapter of {shown(base)}, not a model: load the base model, and then this "
+            "folder with its `load_adapter`."
         )
 
 

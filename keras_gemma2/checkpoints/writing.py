@@ -108,6 +108,8 @@ def stored(dtype: str, argument: str = "dtype") -> np.dtype:
 def outgoing_from_backbone(backbone: Any, dtype: str | None = None) -> OutgoingWeights:
     """The weights of a model; those of a quantized one as the floats that its codes and scales stand for.
 
+    Where an adapter is active, they are those with it added; the model is not changed.
+
     Args:
         backbone: a `Gemma2Backbone`.
         dtype: what to store them in; default that of its variables, for a quantized one that of the floats it was made of.
@@ -123,13 +125,13 @@ def outgoing_from_backbone(backbone: Any, dtype: str | None = None) -> OutgoingW
             f"The model is {own}, and weights are stored in one of {sorted(STORED_DTYPES)}. Pass one as `dtype=` to "
             "`export_to_transformers`."
         )
-    named = backbone.named_weights()
+    named = backbone.named_weights(merged=True)
 
     def row_blocks(path: str) -> Iterator[np.ndarray]:
         weight = named[path]
         rows = max(1, ELEMENTS_A_BLOCK // max(1, math.prod(weight.shape[1:])))
-        quantized = hasattr(weight, "row_blocks")
-        return weight.row_blocks(rows) if quantized else backend.numpy_row_blocks(weight.value, rows)
+        is_computed = hasattr(weight, "row_blocks")
+        return weight.row_blocks(rows) if is_computed else backend.numpy_row_blocks(weight.value, rows)
 
     return OutgoingWeights(backbone.config, stored(own if dtype is None else dtype), row_blocks)
 

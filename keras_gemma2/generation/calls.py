@@ -22,21 +22,25 @@ from keras_gemma2.inputs import pad_rows
 class Generates(Chats):
     """`generate`, `stream`, `prefill` and `open_session`, over the attributes `backbone`, `preprocessor` and `sampler`."""
 
-    _runner: Runner | None = None
+    _runners: dict[str | None, Runner] | None = None  # by the adapter that is active
     _runner_state: Sequence[Any] = ()
     generation_stats: SpeculationStats | None = None  # of the last call, if it had a draft
 
     def make_generate_function(self) -> Runner:
-        """The compiled functions that generate. Kept until the model's variables are replaced, whatever the sampler.
+        """The compiled functions that generate. Kept until the model's variables are replaced, whatever the sampler; for each
+        adapter there are others, so that switching back compiles nothing.
 
         On PyTorch a decoding step runs from a recording of its operations. With the model's `jit_compile` set to True (here or in
         `compile`) `torch.compile` makes it faster still, after a minute's work; with `run_eagerly`, each layer is called each time.
         """
         jit = False if self.run_eagerly else self.jit_compile or None
-        state = [jit, *(id(variable) for variable in self.backbone.variables)]
-        if self._runner is None or self._runner_state != state:
-            self._runner, self._runner_state = Runner(self.backbone, jit), state
-        return self._runner
+        changes, adapter = self.backbone.adapter_set.state
+        state = [jit, changes, *(id(variable) for variable in self.backbone.variables)]
+        if self._runners is None or self._runner_state != state:
+            self._runners, self._runner_state = {}, state
+        if adapter not in self._runners:
+            self._runners[adapter] = Runner(self.backbone, jit)
+        return self._runners[adapter]
 
     def generate(
         self,

@@ -71,12 +71,14 @@ class Runner:
     """Compiles what generation runs, once for each bucket of shapes.
 
     Args:
-        backbone: a `Gemma2Backbone`. Its variables are read at each call, so training in between is seen.
+        backbone: a `Gemma2Backbone`. Its variables are read at each call, so training in between is seen. The adapter that is
+            active now stays the one that runs.
         jit: as `backend.compile_function` takes it.
     """
 
     def __init__(self, backbone: Any, jit: bool | None = None) -> None:
         self.backbone, self._jit = backbone, jit
+        self._adapter = backbone.adapter_set.active
         self._extend = {fresh: self._compiled(self._extend_function(fresh)) for fresh in (True, False)}
         self._first: dict[Any, Any] = {}
         self._loops: dict[Any, Any] = {}
@@ -87,7 +89,11 @@ class Runner:
         self._copy = self._compiled(lambda empty, caches, count: copied_caches(caches, count, empty))
 
     def _compiled(self, function: Any) -> Any:
-        return backend.compile_function(function, self.backbone.variables, self._jit)
+        def with_adapter(*args: Any) -> Any:  # also where another one was switched to in the midst of a text
+            with self.backbone.adapter_set.only(self._adapter):
+                return function(*args)
+
+        return backend.compile_function(with_adapter, self.backbone.variables, self._jit)
 
     def compiled(self, function: Any, key: Any) -> Any:
         """`function(backbone, key, ...)` as a compiled function of the arguments left, the first of which is given up."""

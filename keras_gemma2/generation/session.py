@@ -19,7 +19,7 @@ class Session:
     """A growing sequence of tokens: what has run is not run again.
 
     Args:
-        lm: the model, whose weights must not change meanwhile.
+        lm: the model, whose weights must not change meanwhile. With another adapter, all tokens run anew.
 
     Attributes:
         token_ids: all tokens so far, given and generated.
@@ -39,6 +39,7 @@ class Session:
         self._caches: list[Cache] | None = None
         self._room = 0
         self._cached = 0  # tokens, from the first, that the caches hold
+        self._adapter: Any = None  # the state of the model's adapters that they were made with
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Adds tokens; they run when the next answer begins.
@@ -122,6 +123,9 @@ class Session:
 
     def _prefill(self, runner: Any) -> tuple[list[Cache], Any]:
         """Runs the tokens that the caches lack, the last token at least; returns the caches and its hidden state."""
+        adapter = self.lm.backbone.adapter_set.state
+        if adapter != self._adapter:
+            self._adapter, self._cached = adapter, 0
         start = min(self._cached, len(self.token_ids) - 1)
         caches, self._caches, self._cached = self._caches, None, 0
         caches = self._with_room(runner, caches, start, len(self.token_ids) + 1)

@@ -187,7 +187,7 @@ class MatrixLayer(keras.layers.Layer):
         _check_config(mode, config)
         self.check_quantizable(mode)
         floats = getattr(self, self.matrix_name)
-        blocks = backend.numpy_row_blocks(floats.value, _rows_a_block(self.matrix_shape))
+        blocks = backend.numpy_row_blocks(floats.value, rows_a_block(self.matrix_shape))
         values = _FirstValues(blocks, mode, self.variable_dtype)
         codes = values.codes(codes_shape(self.matrix_shape, mode), CODES_DTYPES[mode])
         self._untrack_variable(floats)  # `del` would do so, too, and collect garbage each time, half a second a layer
@@ -269,7 +269,7 @@ class QuantizedMatrix:
         Args:
             rows: how many at a time; None for blocks of a bounded size.
         """
-        rows = rows or _rows_a_block(self.shape)
+        rows = rows or rows_a_block(self.shape)
         codes, scales = (backend.numpy_row_blocks(variable.value, rows) for variable in (self.codes, self.scales))
         return (dequantize_rows(*block, self.mode) for block in zip(codes, scales))
 
@@ -304,7 +304,15 @@ def take_dequantized(codes: Any, scales: Any, indices: Any, mode: str) -> Any:
     return ops.reshape(grouped, (*lead, values.shape[-1]))
 
 
-def _rows_a_block(shape: tuple[int, ...]) -> int:
+def quantized_arrays(blocks: Iterable[np.ndarray], mode: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and float32 scales of consecutive rows of floats, rounded to `dtype` first."""
+    scales: list[np.ndarray] = []
+    codes = np.concatenate(list(_quantized(blocks, mode, dtype, scales)))
+    return codes, np.concatenate(scales)
+
+
+def rows_a_block(shape: tuple[int, ...]) -> int:
+    """How many rows of a matrix are read, quantized and stored at a time."""
     return max(1, ELEMENTS_A_BLOCK // max(1, math.prod(shape[1:])))
 
 

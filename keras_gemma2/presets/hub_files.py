@@ -92,7 +92,7 @@ def check_config(names: Collection[str], where: str) -> None:
     if ADAPTER_FILE in names and not has_whole_model(names):
         raise CheckpointError(
             f"{where!r} is a LoRA adapter, not a model. Pass the address of a merged model, or of the base model, which "
-            f"base_model_name_or_path of its {ADAPTER_FILE} names."
+            f"base_model_name_or_path of its {ADAPTER_FILE} names, and then give the adapter's folder to its `load_adapter`."
         )
     if CONFIG_FILE in names:
         return
