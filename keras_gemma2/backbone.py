@@ -11,7 +11,8 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_gemma2.adapters import DEFAULT, AdapterSet, HasAdapters
+from keras_gemma2.adapter_set import AdapterSet
+from keras_gemma2.adapters import DEFAULT, HasAdapters
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.inputs import check_keywords, check_token_inputs

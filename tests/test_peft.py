@@ -151,8 +151,9 @@ def test_gradients_are_those_of_peft(tmp_path):
         for factor, array in zip("AB", factors.arrays()):
             expected = parameters[f"base_model.model.{module_name(path)}.lora_{factor}.default.weight"].detach().numpy()
             change = np.abs(expected - first[f"base_model.model.{module_name(path)}.lora_{factor}.default.weight"]).max()
-            # Float32 through four layers, twice; XLA's tanh on TensorFlow is the least exact part.
-            assert np.abs(array - expected).max() <= 1e-3 * change, (path, factor)
+            # Two steps of float32 through four steep layers: 1e-4 on PyTorch and JAX, 2e-3 on TensorFlow, growing from the last
+            # layer (1e-7 of the factor) to the first (1e-5). A wrong scale, or gradients added up, would be off by as much again.
+            assert np.abs(array - expected).max() <= 5e-3 * change, (path, factor)
 
 
 def test_half_precision_files_and_weights(tmp_path):

@@ -19,7 +19,7 @@ LAYERS = [
     {"layers", "inputs", "text_inputs"},
     {"cache"},
     {"tokenizer", "preprocessor", "plain_text", "chat"},
-    {"adapters", "backbone"},
+    {"adapter_set", "adapters", "backbone"},
     {"generation", "training"},
     {"causal_lm"},
     {"_registration"},
