@@ -158,11 +158,12 @@ class Gemma2CausalLM(TrainsInChunks, Generates, Scores, FromPreset, keras_hub.mo
                 - strings: a list, an array;
                 - `{"prompts": [...], "responses": [...]}`: the loss is on the responses and their `<eos>` alone;
                 - a list of conversations, each a list of `{"role", "content"}`: the loss is on the model's turns alone;
-                - tokens, which need no preprocessor: a dict `{"token_ids", "padding_mask"}` of arrays or lists `[B, T]`, where a mask of
-                  numbers (1 1 1 2 2 0) tells samples that share a row apart; or what `keras_gemma2.pack_samples` gives;
-                - batches of any of those: a `tf.data.Dataset`, a generator, a `keras.utils.PyDataset`, a `torch.utils.data.DataLoader`.
+                - tokens, which need no preprocessor: a dict `{"token_ids", "padding_mask"}` of arrays or lists `[B, T]`, where a mask
+                  of numbers (1 1 1 2 2 0) tells samples that share a row apart; or what `keras_gemma2.pack_samples` gives;
+                - batches of any of those: a `tf.data.Dataset`, a generator, a `keras.utils.PyDataset`, a PyTorch `DataLoader`.
                   A batch is x alone or a tuple `(x, y[, sample_weight])`. It is read, and checked, when it is asked for.
-            y: labels int `[B, T]` for a dict of tokens; None means each next token, weighted 0 where that is padding or another sample's.
+            y: labels int `[B, T]` for a dict of tokens; None means each next token, weighted 0 where that is padding or of another
+                sample.
             batch_size: samples a step; default 32. Not for batches.
             sample_weight: float `[B]`; with a dict of tokens also `[B, T]`.
             pack: whether texts, pairs or conversations share rows of the preprocessor's `sequence_length`: see
@@ -171,8 +172,8 @@ class Gemma2CausalLM(TrainsInChunks, Generates, Scores, FromPreset, keras_hub.mo
             **kwargs: as `keras.Model.fit`. `validation_data` has the same forms as x, or is a tuple `(x, y[, sample_weight])`.
 
         Raises:
-            TypeError, ValueError: for data that is none of these, ids outside the vocabulary, texts too long for the preprocessor (if
-                its `truncation` is "error"), or where nothing is to be learned. For batches, with the batch's number.
+            TypeError, ValueError: for data that is none of these, ids outside the vocabulary, texts too long for the preprocessor
+                (if its `truncation` is "error"), or where nothing is to be learned. For batches, with the batch's number.
             FloatingPointError: if the loss is not finite.
         """
         self._warn_about_half_precision_weights()

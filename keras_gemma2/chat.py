@@ -92,7 +92,7 @@ class ChatFormat:
         return ids + self._answer if add_generation_prompt else ids
 
     def lesson(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-        """A whole conversation from `<bos>` on, and which of its tokens the model is to say: its own texts, each with `<end_of_turn>`."""
+        """A conversation from `<bos>` on, and which of its tokens the model is to say: its own texts, each with `<end_of_turn>`."""
         ids, said = [self._bos], [False]
         given = self._answer[1:]
         # Role and text are one string: the tokens of a text can depend on what stands before it.

@@ -94,8 +94,8 @@ def label_tokens(x: Any, y: Any, sample_weight: Any, vocabulary_size: int) -> tu
     """Checks a token dict of arrays and, where it has no labels, makes them: each token's next one.
 
     Args:
-        x: `{"token_ids", "padding_mask"}`, each `[B, T]`. The mask is nonzero at real tokens; where several samples share a row, they
-            are numbered upward in it (1 1 1 2 2 0), and each sees only itself.
+        x: `{"token_ids", "padding_mask"}`, each `[B, T]`. The mask is nonzero at real tokens; where several samples share a row,
+            they are numbered upward in it (1 1 1 2 2 0), and each sees only itself.
         y: labels int `[B, T]`, or None.
         sample_weight: float `[B, T]` or `[B]`, or None.
         vocabulary_size: ids are below it.

@@ -20,8 +20,8 @@ from keras_gemma2.training.packing import PackedSamples, pack
 from keras_gemma2.training.samples import PAIR_KEYS, Sample, chat_samples, pair_samples, rows_of, text_samples, truncated
 
 FORMS = (
-    "a list of strings; {'prompts': [...], 'responses': [...]}; a list of conversations, each a list of {'role', 'content'}; a dict of "
-    "'token_ids' and 'padding_mask'; or a dataset, generator, PyDataset or DataLoader of batches of those"
+    "a list of strings; {'prompts': [...], 'responses': [...]}; a list of conversations, each a list of {'role', 'content'}; "
+    "a dict of 'token_ids' and 'padding_mask'; or a dataset, generator, PyDataset or DataLoader of batches of those"
 )
 _MOST_NAMED = 10  # samples in a warning
 
@@ -115,8 +115,8 @@ class Reader:
             sample_weight: float `[B]`, or for tokens also `[B, T]`.
 
         Returns:
-            `(x, y, sample_weight)`: a dict of `"token_ids"` and `"padding_mask"`, labels (int32 all), and weights (float32, or None),
-            all `[B, T]`; and what there is to tell.
+            `(x, y, sample_weight)`: a dict of `"token_ids"` and `"padding_mask"`, labels (all int32), and weights (float32, or
+            None), all `[B, T]`; and what there is to tell.
 
         Raises:
             TypeError, ValueError: for anything else, or where there is nothing to learn. Names the argument and the index.
@@ -162,8 +162,8 @@ class Reader:
     def _needed_preprocessor(self, x: Any) -> Any:
         if self.preprocessor is None:
             raise ValueError(
-                "`lm.preprocessor` is None, and text needs one: make the model with "
-                "`Gemma2CausalLM(backbone, Gemma2CausalLMPreprocessor(tokenizer))`, or pass a dict of 'token_ids' and 'padding_mask'. "
+                "`lm.preprocessor` is None, and text needs one: make the model with `Gemma2CausalLM(backbone, "
+                "Gemma2CausalLMPreprocessor(tokenizer))`, or pass a dict of 'token_ids' and 'padding_mask'. "
                 f"Received: x={shorten(x)}."
             )
         return self.preprocessor

@@ -210,6 +210,6 @@ def _check_stream(name: str, x: Any, y: Any, sample_weight: Any, batch_size: int
     given = [key for key, value in given.items() if value is not None]
     if given:
         raise ValueError(
-            f"`{given[0]}` does not go with a {type(x).__name__}, whose batches are taken as they come. Put labels and weights into "
-            "its batches, `(x, y, sample_weight)`, and set the batch size, or pack samples, where it is made."
+            f"`{given[0]}` does not go with a {type(x).__name__}, whose batches are taken as they come. Put labels and weights "
+            "into its batches, `(x, y, sample_weight)`, and set the batch size, or pack samples, where it is made."
         )

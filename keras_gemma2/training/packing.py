@@ -43,9 +43,10 @@ def pack_samples(
     """Puts samples of tokens side by side in rows of one length.
 
     Each sample sees itself alone and has positions of its own, so the sum of the loss over tokens, and its gradient, are those of
-    the samples in rows of their own. (Keras's default reduction divides by the number of positions: fewer of them are padding here,
-    so the mean is larger.) A sample of n tokens takes n - 1 positions, as its last token is a label only. The longest go first, each
-    into the row with the least room that is enough ("best-fit decreasing", Johnson et al. 1974: at most 11/9 of the fewest rows).
+    the samples in rows of their own. (Keras's default reduction divides by the number of positions: fewer of them are padding
+    here, so the mean is larger.) A sample of n tokens takes n - 1 positions, as its last token is a label only. The longest go
+    first, each into the row with the least room that is enough ("best-fit decreasing", Johnson et al., "Worst-case performance
+    bounds for simple one-dimensional packing algorithms", 1974: asymptotically at most 11/9 of the fewest rows).
 
     Args:
         token_ids: a list of samples, each a list or array of ids, `<bos>` and `<eos>` included.

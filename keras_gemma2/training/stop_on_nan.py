@@ -18,8 +18,9 @@ class StopOnNaN(keras.callbacks.Callback):
     """Raises where the loss is NaN or infinite; `lm.fit` uses one by default.
 
     Where what is trained is small, as with LoRA, a copy of it and of the optimizer's values is kept in the host's memory, taken
-    every `every` steps and believed once a step from it has given a finite loss. When training is stopped, it is put back: the model
-    and its optimizer are then as they were at most `2 * every` steps before. Otherwise nothing is put back, and the error says so.
+    every `every` steps and believed once a step from it has given a finite loss. When training is stopped, it is put back: the
+    model and its optimizer are then as they were before some step with a finite loss, at most about `every` steps back. Otherwise
+    nothing is put back, and the error says so.
 
     Keras's loss in the logs is a mean over the epoch's steps, so one step that is not finite shows in all that follow. The loss is
     read in Keras's own thread for callbacks: training does not wait for it, and can be a few steps further when it stops.
@@ -49,6 +50,8 @@ class StopOnNaN(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._forget()
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
         self._keeps = sum(_size(v) for v in self._variables()) <= self.kept_bytes
         self._copy_values(step=0)
         self._good, self._candidate = self._candidate, None
@@ -106,12 +109,10 @@ class StopOnNaN(keras.callbacks.Callback):
         if self._good is not None:
             said += f"The weights and the optimizer are as they were before step {self._good[0]}. "
         else:
+            ended = f"the last epoch ended {batch + 1} steps ago" if step > batch else "no epoch has ended yet"
             said += (
-                f"What is trained takes more than {self.kept_bytes} bytes, so no copy was kept: the weights may hold NaN. Load your "
-                f"last checkpoint; the last epoch ended {batch + 1} steps ago. "
-                if self._epoch
-                else f"What is trained takes more than {self.kept_bytes} bytes, so no copy was kept: the weights may hold NaN, and no "
-                "epoch has ended yet. Load the model again. "
+                f"What is trained takes more than {self.kept_bytes} bytes, so no copy was kept, and the weights may hold NaN: load "
+                f"your last checkpoint ({ended}). "
             )
         return said + "Lower the learning rate, clip gradients (`clipnorm` of the optimizer), or look at the data of that batch."
 
