@@ -158,8 +158,8 @@ class Gemma2CausalLM(TrainsInChunks, Generates, Scores, FromPreset, keras_hub.mo
                 - strings: a list, an array;
                 - `{"prompts": [...], "responses": [...]}`: the loss is on the responses and their `<eos>` alone;
                 - a list of conversations, each a list of `{"role", "content"}`: the loss is on the model's turns alone;
-                - tokens, which need no preprocessor: a dict `{"token_ids", "padding_mask"}` of arrays or lists `[B, T]`, where a mask
-                  of numbers (1 1 1 2 2 0) tells samples that share a row apart; or what `keras_gemma2.pack_samples` gives;
+                - tokens, which need no preprocessor: a dict `{"token_ids", "padding_mask"}` of arrays or lists `[B, T]`, whose mask
+                  may be of numbers (1 1 1 2 2 0) that tell samples in a row apart; or what `keras_gemma2.pack_samples` gives;
                 - batches of any of those: a `tf.data.Dataset`, a generator, a `keras.utils.PyDataset`, a PyTorch `DataLoader`.
                   A batch is x alone or a tuple `(x, y[, sample_weight])`. It is read, and checked, when it is asked for.
             y: labels int `[B, T]` for a dict of tokens; None means each next token, weighted 0 where that is padding or of another

@@ -185,9 +185,9 @@ def unpacked(batch: Any) -> tuple[Any, Any, Any]:
 def _is_text_like(first: Any) -> bool:
     """Whether this is the first of a list of texts or conversations."""
     if isinstance(first, (list, tuple)):
-        return not first or (isinstance(first[0], Mapping) and not is_token_dict(first[0]))
+        return bool(first) and isinstance(first[0], Mapping) and "role" in first[0]
     is_text = isinstance(first, (str, bytes)) or (getattr(first, "ndim", None) == 0)
-    return is_text or (isinstance(first, Mapping) and not is_token_dict(first) and not _is_pairs(first))
+    return is_text or (isinstance(first, Mapping) and "role" in first)
 
 
 def _is_pairs(x: Any) -> bool:

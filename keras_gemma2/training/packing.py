@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from keras_gemma2.inputs import TOKEN_KEYS
-from keras_gemma2.text_inputs import read_length, shorten
 from keras_gemma2.training.samples import Sample
 
 
@@ -34,54 +32,8 @@ class PackedSamples:
     fill: float
 
 
-def pack_samples(
-    token_ids: Sequence[Sequence[int]],
-    sequence_length: int,
-    weights: Sequence[Sequence[float]] | None = None,
-    pad_token_id: int = 0,
-) -> PackedSamples:
-    """Puts samples of tokens side by side in rows of one length.
-
-    Each sample sees itself alone and has positions of its own, so the sum of the loss over tokens, and its gradient, are those of
-    the samples in rows of their own. (Keras's default reduction divides by the number of positions: fewer of them are padding
-    here, so the mean is larger.) A sample of n tokens takes n - 1 positions, as its last token is a label only. The longest go
-    first, each into the row with the least room that is enough ("best-fit decreasing", Johnson et al., "Worst-case performance
-    bounds for simple one-dimensional packing algorithms", 1974: asymptotically at most 11/9 of the fewest rows).
-
-    Args:
-        token_ids: a list of samples, each a list or array of ids, `<bos>` and `<eos>` included.
-        sequence_length: positions in a row, T.
-        weights: what each token counts in the loss, as a label, in the form of `token_ids`; 1 by default. 0 for a prompt's. The
-            weight of a sample's first token is not looked at.
-        pad_token_id: what fills the rest of a row.
-
-    Returns:
-        The rows, ordered by their first sample; within a row the samples keep their order. Equal input gives equal rows.
-
-    Raises:
-        TypeError: if `sequence_length` is not an integer.
-        ValueError: if there is no sample, a sample is too long or has fewer than 2 tokens, or weights do not fit it.
-
-    Example:
-        >>> packed = keras_gemma2.pack_samples([[2, 5, 6, 1], [2, 7, 1], [2, 8, 9, 1]], sequence_length=5)
-        >>> packed.x["padding_mask"].tolist(), packed.rows, packed.fill
-        ([[1, 1, 1, 2, 2], [1, 1, 1, 0, 0]], ((0, 1), (2,)), 0.8)
-        >>> lm.fit(packed)
-    """
-    if weights is not None and len(weights) != len(token_ids):
-        raise ValueError(f"`weights` must have one entry a sample. Received: {len(weights)} for {len(token_ids)} samples.")
-    samples = []
-    for index, ids in enumerate(token_ids):
-        ids = _ids(ids, index)
-        counts = np.ones(len(ids)) if weights is None else np.asarray(weights[index])
-        if counts.shape != ids.shape:
-            raise ValueError(f"`weights[{index}]` must have one number a token, {len(ids)}. Received the shape {counts.shape}.")
-        samples.append(Sample(ids, counts.astype("float32")))
-    return pack(samples, read_length(sequence_length), pad_token_id)
-
-
 def pack(samples: Sequence[Sample], length: int, pad_token_id: int) -> PackedSamples:
-    """`pack_samples` of what `training.samples` makes. A sample of one token has nothing to learn and is in no row."""
+    """Rows of samples: see `pack_samples`. A sample of one token has nothing to learn and is in no row."""
     sizes = [max(len(sample.token_ids) - 1, 0) for sample in samples]
     if not any(sizes):
         raise ValueError(f"There must be a sample of 2 tokens or more to pack. Received: {len(samples)} samples without.")
@@ -111,13 +63,13 @@ def best_fit(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
     Things of size 0 are in no bin. The indices in a bin ascend, and so do the first ones of the bins.
     """
     bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = defaultdict(list)  # room left -> bins
+    by_room: dict[int, deque[int]] = defaultdict(deque)  # room left -> bins, the earliest first
     rooms: list[int] = []  # the keys that have bins, ascending
     for index in sorted((i for i, size in enumerate(sizes) if size), key=lambda i: (-sizes[i], i)):
         place = bisect.bisect_left(rooms, sizes[index])
         if place < len(rooms):
             left = rooms[place]
-            chosen = by_room[left].pop()
+            chosen = by_room[left].popleft()
             if not by_room[left]:
                 rooms.pop(place)
         else:
@@ -130,13 +82,3 @@ def best_fit(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
         if left:
             by_room[left].append(chosen)
     return tuple(sorted(tuple(sorted(members)) for members in bins))
-
-
-def _ids(ids: Any, index: int) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 2:
-        raise ValueError(
-            f"`token_ids[{index}]` must be a list of 2 token ids or more: each is learned from those before it. "
-            f"Received: {shorten(ids.tolist())}."
-        )
-    return ids.astype("int32")
