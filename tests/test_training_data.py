@@ -356,18 +356,19 @@ def test_what_does_not_go_with_batches(lm):
 
 @pytest.mark.parametrize("truncation", ["right", "left"])
 def test_truncation_is_counted_and_exact(lm, oracle, preprocessor, truncation):
-    preprocessor.truncation, preprocessor.sequence_length = truncation, 14
-    for form, data in (("pairs", PAIRS), ("chats", CHATS[:3]), ("texts", TEXTS)):
+    preprocessor.truncation = truncation
+    for form, data, limit in (("pairs", PAIRS, 12), ("chats", CHATS[:3], 30), ("texts", TEXTS, 9)):
+        preprocessor.sequence_length = limit - 1
         rows = oracle[form][: len(data)] if form != "pairs" else oracle[form]
-        excess = [max(len(ids) - 15, 0) for ids, _ in rows]
-        assert any(excess), form
+        excess = [max(len(ids) - limit, 0) for ids, _ in rows]
+        assert any(excess) and not all(excess), form
         message = f"Truncation cut {np.count_nonzero(excess)} of {len(rows)} samples and dropped {sum(excess)} tokens.*{truncation}"
         with pytest.warns(UserWarning, match=message):
             x, y, weights = lm._data().read(data)
         for row, (ids, learned) in enumerate(rows):
             ids, learned = list(ids), list(learned)
             last = -1 if form == "chats" else -2  # `<eos>` is kept
-            while len(ids) > 15:
+            while len(ids) > limit:
                 place = 1 if truncation == "left" else len(ids) + last
                 del ids[place], learned[place]
             assert [*x["token_ids"][row, :1], *y[row, : len(ids) - 1]] == ids
