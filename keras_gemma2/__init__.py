@@ -23,7 +23,9 @@ _PUBLIC = {
     "chat_token_ids": "keras_gemma2.chat",
     "convert": "keras_gemma2.presets.convert",
     "layers": None,
+    "pack_samples": "keras_gemma2.training.packed",
     "preset_names": "keras_gemma2.presets.registry",
+    "read_jsonl": "keras_gemma2.training.jsonl",
     "verify": "keras_gemma2.presets.verify",
 }
 

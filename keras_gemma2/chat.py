@@ -88,11 +88,20 @@ class ChatFormat:
 
     def conversation(self, turns: Sequence[Turn], add_generation_prompt: bool = True) -> list[int]:
         """A whole conversation from `<bos>` on."""
-        ids = [self._bos]
-        # Role and text are one string: the tokens of a text can depend on what stands before it.
-        for content in self.encode([f"{turn.role}\n{turn.text}" for turn in turns]):
-            ids += [self._start, *content, self.end_of_turn, *self._newline]
+        ids = self.lesson(turns)[0]
         return ids + self._answer if add_generation_prompt else ids
+
+    def lesson(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        """A conversation from `<bos>` on, and which of its tokens the model is to say: its own texts, each with `<end_of_turn>`."""
+        ids, said = [self._bos], [False]
+        given = self._answer[1:]
+        # Role and text are one string: the tokens of a text can depend on what stands before it.
+        for turn, content in zip(turns, self.encode([f"{turn.role}\n{turn.text}" for turn in turns])):
+            ids += [self._start, *content, self.end_of_turn, *self._newline]
+            before = next((i for i, (a, b) in enumerate(zip(given, content)) if a != b), len(given))
+            own = [turn.role == MODEL] * (len(content) - before + 1)
+            said += [False] * (1 + before) + own + [False] * len(self._newline)
+        return ids, said
 
     def next_turn(self, text: str) -> list[int]:
         """What follows the `<end_of_turn>` of an answer: the user's next turn and the beginning of the model's."""

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_gemma2 import backend
-from keras_gemma2.text_inputs import read_texts
+from keras_gemma2.text_inputs import read_texts, shorten, to_numpy
 
 TOKEN_KEYS = ("token_ids", "padding_mask")
 BASE_KEYWORDS = ("name", "trainable", "dtype")
@@ -79,31 +79,68 @@ def check_ids_in_vocabulary(name: str, token_ids: np.ndarray, vocabulary_size: i
         )
 
 
-def label_tokens(x: Any, y: Any, sample_weight: Any, vocabulary_size: int) -> tuple[dict[str, np.ndarray], Any, Any]:
-    """Checks a token dict of arrays and, where it has no labels, makes them: each token's next one.
-
-    Returns:
-        The dict as int32 arrays, the labels, and the weights: 0 where the token or its next one is padding.
+def token_arrays(x: Mapping[str, Any], vocabulary_size: int) -> dict[str, np.ndarray]:
+    """A token dict of arrays or lists as int32 arrays `[B, T]`, checked; the numbers in the padding mask are kept.
 
     Raises:
         ValueError: for other shapes or dtypes, or ids outside the vocabulary.
     """
-    x = {key: _to_array(key, x[key]) for key in TOKEN_KEYS}
-    x["padding_mask"] = (x["padding_mask"] != 0).astype("int32")
+    x = {key: _to_array(key, x[key]).astype("int32") for key in TOKEN_KEYS}
     check_token_inputs(x, vocabulary_size)
+    return x
+
+
+def label_tokens(x: Any, y: Any, sample_weight: Any, vocabulary_size: int) -> tuple[dict[str, np.ndarray], Any, Any]:
+    """Checks a token dict of arrays and, where it has no labels, makes them: each token's next one.
+
+    Args:
+        x: `{"token_ids", "padding_mask"}`, each `[B, T]`. The mask is nonzero at real tokens; where several samples share a row,
+            they are numbered upward in it (1 1 1 2 2 0), and each sees only itself.
+        y: labels int `[B, T]`, or None.
+        sample_weight: float `[B, T]` or `[B]`, or None.
+        vocabulary_size: ids are below it.
+
+    Returns:
+        The dict as int32 arrays, the labels, and the weights: with labels made here, 0 where the token or its next one is padding,
+        and where the next one is of another sample. Samples are numbered from 1 in each row.
+
+    Raises:
+        ValueError: for other shapes or dtypes, ids outside the vocabulary, or samples that are not numbered upward.
+
+    Example:
+        >>> x = {"token_ids": [[2, 5, 1, 2, 7, 0]], "padding_mask": [[1, 1, 1, 2, 2, 0]]}
+        >>> _, labels, weights = label_tokens(x, None, None, 97)
+        >>> labels[0, :5].tolist(), weights[0].tolist()
+        ([5, 1, 2, 7, 0], [1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    """
+    x = token_arrays(x, vocabulary_size)
+    numbers = x["padding_mask"] = _numbered_from_1(x["padding_mask"])
     weight = None if sample_weight is None else _per_token(sample_weight, x["token_ids"].shape)
     if y is None:
         y = np.roll(x["token_ids"], -1, axis=1)
-        real = np.roll(x["padding_mask"], -1, axis=1).astype("float32") * x["padding_mask"]
-        real[:, -1] = 0.0
+        real = ((numbers > 0) & (np.roll(numbers, -1, axis=1) == numbers)).astype("float32")
+        real[:, -1:] = 0.0
         return x, y, real if weight is None else real * weight
     return x, _check_labels(y, weight, x["token_ids"].shape, vocabulary_size), weight
 
 
+def _numbered_from_1(padding_mask: np.ndarray) -> np.ndarray:
+    """The samples of each row as 1, 2, ...; 0 is padding. A mask of other numbers (255, say) is one of one sample."""
+    highest = np.maximum.accumulate(padding_mask, axis=1)
+    fell = (padding_mask != 0) & (padding_mask < highest)
+    if fell.any():
+        row, column = np.argwhere(fell)[0]
+        raise ValueError(
+            "`padding_mask` must number the samples of a row upward (1 1 1 2 2 0), with 0 for padding. Received in row "
+            f"{row}: {padding_mask[row, column]} at position {column}, after {highest[row, column]}."
+        )
+    starts = np.diff(highest, axis=1, prepend=0) != 0
+    return np.where(padding_mask != 0, np.cumsum(starts, axis=1), 0).astype("int32")
+
+
 def _check_labels(y: Any, weight: np.ndarray | None, shape: tuple[int, ...], vocabulary_size: int) -> np.ndarray:
     """Labels as int32; those of weight 0 may be anything (-100, say) and become 0, which every backend's loss takes."""
-    y = ops.convert_to_numpy(y)
-    _check_integers("y", y)
+    y = _to_array("y", y)
     if y.shape != shape:
         raise ValueError(f"`y` must have the shape of `token_ids`, {shape}: one label a token. Received: {y.shape}.")
     counts = np.ones(shape, bool) if weight is None else weight != 0
@@ -112,9 +149,21 @@ def _check_labels(y: Any, weight: np.ndarray | None, shape: tuple[int, ...], voc
 
 
 def _to_array(name: str, value: Any) -> np.ndarray:
-    array = ops.convert_to_numpy(value)
+    array = _rectangle(name, value)
     _check_integers(name, array)
-    return array.astype("int32")
+    return array
+
+
+def _rectangle(name: str, value: Any) -> np.ndarray:
+    """Arrays, tensors of any backend, and nested lists as an array."""
+    try:
+        return np.asarray(to_numpy(value))
+    except ValueError:
+        counts = sorted({np.size(row) for row in value})
+        raise ValueError(
+            f"`{name}` must have rows of one length, as an array [batch, length]. Received rows of {shorten(counts)} numbers. "
+            "Pad them, and set `padding_mask` to 0 there, or pack them with `keras_gemma2.pack_samples`."
+        ) from None
 
 
 def _check_integers(name: str, array: np.ndarray) -> None:
@@ -124,7 +173,7 @@ def _check_integers(name: str, array: np.ndarray) -> None:
 
 def _per_token(sample_weight: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Weights [B] or [B, T] as float32 [B, T]."""
-    weight = ops.convert_to_numpy(sample_weight).astype("float32")
+    weight = _rectangle("sample_weight", sample_weight).astype("float32")
     weight = weight[:, None] if weight.ndim == 1 else weight
     if weight.ndim != 2 or weight.shape[0] != shape[0] or weight.shape[1] not in (1, shape[1]):
         raise ValueError(f"`sample_weight` must have the shape {shape[:1]} or {shape}. Received: {np.shape(sample_weight)}.")

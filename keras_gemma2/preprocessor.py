@@ -203,6 +203,28 @@ class Gemma2CausalLMPreprocessor(FromPreset, keras_hub.models.CausalLMPreprocess
         dropped = (tokenizer.special_token_ids, tokenizer.end_of_turn_token_id)
         return tokenizer.detokenize(pipeline.unpack(*text_inputs.read_packed(x), *dropped))
 
+    def prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole texts, as `generate_preprocess` makes them, but neither cut nor padded.
+
+        Args:
+            texts: A list of strings.
+
+        Returns:
+            A list of ids for each text, `<bos>` first where it belongs.
+
+        Raises:
+            TypeError, ValueError: If `texts` is not a list of strings, or is empty.
+        """
+        texts = text_inputs.read_texts(list(texts), "texts")
+        bodies, starts = text_inputs.split_starts(texts, self._start_pattern, self.add_start_token)
+        rows = self.tokenizer.tokenize(bodies)
+        return [[self.tokenizer.start_token_id] * start + list(row) for start, row in zip(starts, rows)]
+
+    @property
+    def _start_pattern(self) -> str:
+        """`<bos>` spelled out at the start of a text, however often."""
+        return rf"\A(?:{re.escape(self.tokenizer.start_token)})+"
+
     def get_config(self) -> dict:
         """The constructor's arguments, for `from_config`."""
         return {**super().get_config(), "truncation": self.truncation}
@@ -218,9 +240,7 @@ class Gemma2CausalLMPreprocessor(FromPreset, keras_hub.models.CausalLMPreprocess
         length = text_inputs.read_length(sequence_length)
         tokenizer, pipeline = self.tokenizer, _pipeline()
         texts = pipeline.read_texts(x, "x")
-        # `<bos>` spelled out at the start of a text, however often.
-        pattern = rf"\A(?:{re.escape(tokenizer.start_token)})+"
-        bodies, starts = pipeline.split_starts(texts, pattern, self.add_start_token)
+        bodies, starts = pipeline.split_starts(texts, self._start_pattern, self.add_start_token)
         return pipeline.pack(
             texts,
             starts,

@@ -6,7 +6,8 @@ TensorFlow is imported where a function runs: direct calls, which run in Python,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from keras_hub.src.utils.tensor_utils import assert_tf_libs_installed
@@ -246,3 +247,21 @@ def _shorten(texts: Any) -> Any:
     import tensorflow as tf
 
     return tf.strings.substr(texts, 0, 120, unit="UTF8_CHAR")
+
+
+def dataset_of_arrays(iterator: Callable[[], Iterable[Any]]) -> Any:
+    """A `tf.data.Dataset` of batches `({"token_ids", "padding_mask"}, labels, weights)` of arrays `[B, T]`.
+
+    Args:
+        iterator: gives the batches from the first one on. Two are looked at beforehand: where they have the same shape, so must all
+            others, but for the last one's rows.
+    """
+    import tensorflow as tf
+
+    first = [batch[1].shape for batch in itertools.islice(iterator(), 2)]
+    if not first:
+        raise ValueError("`x` must have at least one batch. Received a dataset without.")
+    length = first[0][1] if all(shape[1] == first[0][1] for shape in first) else None
+    ids, weights = (tf.TensorSpec((None, length), dtype) for dtype in ("int32", "float32"))
+    spec = ({"token_ids": ids, "padding_mask": ids}, ids, weights)
+    return tf.data.Dataset.from_generator(iterator, output_signature=spec).prefetch(tf.data.AUTOTUNE)

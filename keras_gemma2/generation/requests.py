@@ -14,7 +14,7 @@ from keras_gemma2.generation.drafts import check_draft
 from keras_gemma2.generation.prefix import CachedPrefix
 from keras_gemma2.generation.sampler import Sampler, check_bias
 from keras_gemma2.generation.text_stream import read_stop_strings
-from keras_gemma2.inputs import as_texts, check_prompts, check_room, is_token_dict, label_tokens
+from keras_gemma2.inputs import as_texts, check_prompts, check_room, is_token_dict, token_arrays
 
 SAMPLER_NAMES = ("greedy", "top_k", "top_p", "random", "beam")
 GREEDY = Sampler(temperature=0)
@@ -102,7 +102,7 @@ def read_request(lm: Any, inputs: Any, options: Options, first_row: int = 0) -> 
 
 
 def _token_prompts(lm: Any, inputs: Any, before: int) -> tuple[list[list[int]], int]:
-    arrays, _, _ = label_tokens(inputs, None, None, lm.backbone.config.vocabulary_size)
+    arrays = token_arrays(inputs, lm.backbone.config.vocabulary_size)
     prompts = [ids[mask.astype(bool)].tolist() for ids, mask in zip(arrays["token_ids"], arrays["padding_mask"])]
     default = min(before + arrays["token_ids"].shape[1], lm.backbone.config.max_sequence_length)
     return prompts, default
