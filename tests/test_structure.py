@@ -29,8 +29,8 @@ LAYERS = [
     {"__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# Files whose whole subject is a backend library's own format, or a peer that is used through it; they import it inside functions.
-EXCEPTIONS = {"checkpoints/gemma_pytorch.py", "benchmarks/train_transformers.py"}
+# Files whose whole subject is a backend library's own format; they import it inside functions.
+EXCEPTIONS = {"checkpoints/gemma_pytorch.py"}
 BACKENDS = {"jax", "tensorflow", "torch", "jaxlib", "tensorflow_text"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

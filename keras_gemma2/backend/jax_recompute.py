@@ -11,15 +11,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 
 
 def recomputed(function: Callable, seeds: list[keras.Variable], *tensors: Any) -> Any:
-    """What a function gives; of what it computes on the way, only its arguments are kept until the backward pass.
-
-    Args:
-        function: gives a tensor. What it draws must be the same when it is called again with the same seeds.
-        seeds: states of random generators that it moves on.
-        tensors: its arguments.
-
-    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
-    """
+    """What a function gives, computed again in the backward pass; see `backend/torch_recompute.py` for the arguments."""
     if not in_stateless_scope():  # eager: nothing is differentiated, or the caller does so with values of its own
         return function(*tensors)
     outer = get_stateless_scope()

@@ -10,15 +10,7 @@ import tensorflow as tf
 
 
 def recomputed(function: Callable, seeds: list[keras.Variable], *tensors: Any) -> Any:
-    """What a function gives; of what it computes on the way, only its arguments are kept until the backward pass.
-
-    Args:
-        function: gives a tensor. What it draws must be the same when it is called again with the same seeds.
-        seeds: states of random generators that it moves on.
-        tensors: its arguments.
-
-    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
-    """
+    """What a function gives, computed again in the backward pass; see `backend/torch_recompute.py` for the arguments."""
     states = [tf.identity(seed.value) for seed in seeds]
 
     def run(*tensors: Any) -> Any:

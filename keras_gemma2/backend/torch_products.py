@@ -67,13 +67,15 @@ def row_blocks(rows: int, width: int) -> Iterator[slice]:
 def _is_widened(count: int, kernel_dtype: torch.dtype, dtype: torch.dtype, float32_output: bool) -> bool:
     """Whether to widen blocks of the kernel.
 
-    That is for many rows; where a kernel in float32 would be rounded as a whole; and where the sums are wanted in float32, but for
-    one row in bfloat16: a token's logits would take twice the time.
+    That is where the sums are wanted in float32, but for one row in bfloat16: a token's logits would take twice the time. On a CPU
+    without instructions for the dtype it is also for many rows, and where a kernel in float32 would be rounded as a whole.
     """
-    if dtype not in (torch.bfloat16, torch.float16) or _has_instructions_for(dtype):
+    if dtype not in (torch.bfloat16, torch.float16):
         return False
     if float32_output and (count > 1 or dtype == torch.float16):
-        return True
+        return True  # a CPU's own product in 16 bits gives its sums rounded to them
+    if _has_instructions_for(dtype):
+        return False
     return count > UNWIDENED_ROWS or kernel_dtype != dtype
 
 

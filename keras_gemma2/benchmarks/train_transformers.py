@@ -11,9 +11,8 @@ from keras_gemma2.benchmarks.train_contenders import LEARNING_RATE, RANK, tokens
 def transformers_peft(
     numbers: dict[str, Any], dtype: str, batch: int, length: int, checkpointing: bool = False
 ) -> Callable[[], float]:
-    """transformers' `Gemma2ForCausalLM` in peft's `LoraModel`, with torch's Adam."""
+    """transformers' `Gemma2ForCausalLM` in peft's `LoraModel`, with torch's AdamW."""
     import peft
-    import torch
     import transformers
 
     names = {
@@ -25,17 +24,20 @@ def transformers_peft(
     }
     config = transformers.Gemma2Config(**{names.get(name, name): value for name, value in numbers.items()})
     config._attn_implementation = "eager"  # the one that has the soft cap
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
     model.train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
-    token_ids = torch.tensor(tokens(numbers["vocabulary_size"], batch, length), dtype=torch.long)
+    settings = transformers.TrainingArguments("unused", optim="adamw_torch", learning_rate=LEARNING_RATE, report_to=[])
+    optimizer_class, arguments = transformers.Trainer.get_optimizer_cls_and_kwargs(settings)
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], **arguments)
+    token_ids = tokens(numbers["vocabulary_size"], batch, length).astype("int64")
+    inputs = transformers.BatchEncoding({"input_ids": token_ids, "labels": token_ids}, tensor_type="pt")
 
     def step() -> float:
-        loss = model(input_ids=token_ids, labels=token_ids).loss
+        loss = model(**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
