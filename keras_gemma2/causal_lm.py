@@ -128,9 +128,7 @@ class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPres
         self._runners = None  # hold the floats
         self.train_function = self.test_function = self.predict_function = None
         self._post_quantize(mode)
-        if self.compiled and getattr(self.optimizer, "built", False):
-            # The rest of what `compile` was given stays as it is: a loss that is a function cannot be made anew from a config.
-            self.optimizer = type(self.optimizer).from_config(self.optimizer.get_config())
+        self._renew_optimizer()
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps of each decoder block its input alone in training, and computes the rest again in the backward pass.

@@ -19,7 +19,7 @@ import numpy as np
 
 from keras_gemma2.checkpoints.safetensors_file import CODES, open_safetensors, write_safetensors
 from keras_gemma2.checkpoints.source import find_file, read_json, shown
-from keras_gemma2.checkpoints.weight_map import rows_for
+from keras_gemma2.checkpoints.weight_map import check_tensors, rows_for
 from keras_gemma2.config import Gemma2Config
 from keras_gemma2.errors import CheckpointError, MissingFileError, callers_level
 from keras_gemma2.lora import LoraSettings, projection_shapes
@@ -94,18 +94,8 @@ def _values(tensors: Mapping[str, Any], settings: LoraSettings, config: Gemma2Co
     for layer, rank in settings.ranks.items():
         out, width = shapes[layer]
         expected.update(zip([_key(modules[layer], factor) for factor in FACTORS], [(rank, width), (out, rank)]))
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or unknown:
-        raise CheckpointError(
-            f"The tensors of {path} do not match its config and this model of {config.num_layers} layers. Missing: {missing[:5]} "
-            f"({len(missing)} in all). Unknown: {unknown[:5]} ({len(unknown)} in all)."
-        )
-    for key, shape in expected.items():
-        if tensors[key].shape != shape:
-            raise CheckpointError(
-                f"The tensor {key!r} of {path} has shape {tensors[key].shape}; its config and this model make it {shape}. Was it "
-                "trained on a model of another size?"
-            )
+    model = f"this model of {config.num_layers} layers and width {config.hidden_dim}, with the adapter's config,"
+    check_tensors(tensors, expected, path, model)
     return {layer: tuple(_array(tensors, _key(modules[layer], factor), path) for factor in FACTORS) for layer in settings.ranks}
 
 

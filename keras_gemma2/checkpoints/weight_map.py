@@ -277,19 +277,32 @@ def match(tensors: Mapping[str, Tensor], config: Gemma2Config, cells: Mapping[st
     Raises:
         CheckpointError: naming missing, unknown and wrongly shaped tensors, with both shapes.
     """
-    shapes = foreign_shapes(config, cells)
+    check_tensors(tensors, foreign_shapes(config, cells), where)
+    return dict(_entries(tensors, config, cells))
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str, maker: str = "the config") -> None:
+    """Compares the tensors of a checkpoint with what they should be.
+
+    Args:
+        tensors: all of them, by name.
+        shapes: what there should be, by name.
+        where: file or folder, for messages.
+        maker: what says what there should be, for messages.
+
+    Raises:
+        CheckpointError: naming missing, unknown and wrongly shaped tensors, with both shapes.
+    """
     missing, unknown = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
     if missing or unknown:
         raise CheckpointError(
-            f"The tensors of {where} do not match its config. Missing: {missing[:5]} ({len(missing)} in all). "
+            f"The tensors of {where} do not match {maker}. Missing: {missing[:5]} ({len(missing)} in all). "
             f"Unknown: {unknown[:5]} ({len(unknown)} in all)."
         )
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(
-                f"The tensor {name!r} of {where} has shape {tuple(tensors[name].shape)}; the config makes it {shape}."
-            )
-    return dict(_entries(tensors, config, cells))
+            received = tuple(tensors[name].shape)
+            raise CheckpointError(f"The tensor {name!r} of {where} has shape {received}; {maker} makes it {shape}.")
 
 
 def _entries(tensors: Mapping[str, Tensor], config: Gemma2Config, cells: Mapping[str, Foreign]) -> Iterator[tuple[str, Entry]]:

@@ -105,5 +105,6 @@ class TrainsAdapters(HasAdapters):
             return
         known = getattr(optimizer, "inner_optimizer", optimizer)._trainable_variables
         if [id(variable) for variable in known] != [id(variable) for variable in self.trainable_variables]:
+            # What else `compile` was given stays as it is: a loss that is a function cannot be made anew from a config.
             self.optimizer = type(optimizer).from_config(optimizer.get_config())
             self.optimizer.build(self.trainable_variables)
