@@ -281,7 +281,9 @@ def match(tensors: Mapping[str, Tensor], config: Gemma2Config, cells: Mapping[st
     return dict(_entries(tensors, config, cells))
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str, maker: str = "the config") -> None:
+def check_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str, maker: str = "the config"
+) -> None:
     """Compares the tensors of a checkpoint with what they should be.
 
     Args:
