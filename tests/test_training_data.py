@@ -1,5 +1,6 @@
 """What `fit` and `evaluate` take, on every backend: the loss of each form against transformers' ids and a float64 loss."""
 
+import threading
 import warnings
 
 import keras
@@ -546,6 +547,27 @@ def test_nan_stops_and_the_last_good_weights_are_kept(lm):
     trained(lm, start, 4, callbacks=[Spoil(1)], stop_on_nan=False)
     lm.set_weights(start)
     lm.compile(optimizer=keras.optimizers.SGD(0.0))
+
+
+def test_the_first_loss_that_is_no_number_is_named(lm):
+    """In whichever order Keras's threads read the losses."""
+    lm.compile()
+    callback = StopOnNaN(kept_bytes=0)
+    callback.set_model(lm)
+    callback.on_train_begin()
+    callback.on_epoch_begin(2)
+
+    def report_batch_3() -> None:
+        with pytest.raises(FloatingPointError):
+            callback.on_train_batch_end(3, {"loss": np.nan})
+
+    later = threading.Timer(0.2, report_batch_3)
+    with pytest.raises(FloatingPointError, match="batch 3 of epoch 2"), callback.restoring():
+        for batch in (3, 4):
+            callback.on_train_batch_begin(batch)
+        later.start()
+        callback.on_train_batch_end(4, {"loss": np.nan})
+    later.join()
 
 
 # Files -------------------------------------------------------------------------------------------------------------------

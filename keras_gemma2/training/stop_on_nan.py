@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 KEPT_BYTES = 512 << 20
+LONGEST_WAIT = 1.0  # seconds, where training has failed, for losses that are not read yet
 
 
 class StopOnNaN(keras.callbacks.Callback):
@@ -23,7 +24,7 @@ class StopOnNaN(keras.callbacks.Callback):
     nothing is put back, and the error says so.
 
     Keras's loss in the logs is a mean over the epoch's steps, so one step that is not finite shows in all that follow. The loss is
-    read in Keras's own thread for callbacks: training does not wait for it, and can be a few steps further when it stops.
+    read in Keras's own threads for callbacks: training does not wait for it, and can be a few steps further when it stops.
     `keras.callbacks.TerminateOnNaN` waits, and keeps nothing.
 
     Args:
@@ -45,7 +46,7 @@ class StopOnNaN(keras.callbacks.Callback):
         if every < 1:
             raise ValueError(f"`every` must be a positive number of steps. Received: {every}.")
         self.every, self.kept_bytes = every, kept_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._forget()
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -61,16 +62,20 @@ class StopOnNaN(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         step = self._first + batch
+        self._begun += 1
         if self._keeps and step >= self._copied + self.every:
             self._copy_values(step)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         loss = (logs or {}).get("loss")
         step = self._first + batch
-        if loss is not None and not np.isfinite(loss):
-            self.is_stopped = True
-            raise FloatingPointError(self._message(batch, step, float(loss)))
         with self._lock:
+            self._ended += 1
+            self._lock.notify_all()
+            if loss is not None and not np.isfinite(loss):
+                if self._failed is None or step < self._failed[1]:
+                    self._failed = batch, step, float(loss)
+                raise FloatingPointError(self._message())
             self._steps = max(self._steps, step + 1)
             if self._candidate is not None and step >= self._candidate[0]:
                 self._good, self._candidate = self._candidate, None
@@ -80,17 +85,23 @@ class StopOnNaN(keras.callbacks.Callback):
         """A context for `fit`: the weights are put back after Keras has ended its work on them."""
         try:
             yield
-        except FloatingPointError:
-            if self.is_stopped and self._good is not None:
+        except FloatingPointError as error:
+            if self._failed is None:
+                raise
+            with self._lock:  # Keras has several threads for callbacks: an earlier step's loss may be read after a later one's
+                self._lock.wait_for(lambda: self._ended >= self._begun, LONGEST_WAIT)
+                first = FloatingPointError(self._message())
+            if self._good is not None:
                 for variable, value in zip(self._variables(), self._good[1]):
                     variable.assign(ops.convert_to_tensor(value, variable.dtype))
-            raise
+            raise first from error
         finally:
             self._good = self._candidate = None
 
     def _forget(self) -> None:
-        self.is_stopped, self._keeps = False, False
-        self._epoch = self._first = self._steps = self._copied = 0
+        self._keeps = False
+        self._failed: tuple[int, int, float] | None = None  # batch, step and loss of the first that is known not to be finite
+        self._epoch = self._first = self._steps = self._copied = self._begun = self._ended = 0
         self._good: tuple[int, list[np.ndarray]] | None = None
         self._candidate: tuple[int, list[np.ndarray]] | None = None
 
@@ -104,7 +115,8 @@ class StopOnNaN(keras.callbacks.Callback):
             with self._lock:
                 self._candidate, self._copied = (step, values), step
 
-    def _message(self, batch: int, step: int, loss: float) -> str:
+    def _message(self) -> str:
+        batch, step, loss = self._failed
         said = f"The loss is {loss} at batch {batch} of epoch {self._epoch} (both from 0), step {step} of this training. "
         if self._good is not None:
             said += f"The weights and the optimizer are as they were before step {self._good[0]}. "
