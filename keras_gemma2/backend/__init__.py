@@ -28,6 +28,7 @@ FUNCTIONS = (
     "repeated",
     "no_gradients",
     "sums_in_chunks",
+    "frozen_sums_in_chunks",
     "with_gradient",
     "add_block",
     "CompilesSteps",
@@ -60,6 +61,7 @@ compile_function = _module.compile_function
 repeated = _module.repeated
 no_gradients = _module.no_gradients
 sums_in_chunks = _module.sums_in_chunks
+frozen_sums_in_chunks = _module.frozen_sums_in_chunks
 with_gradient = _module.with_gradient
 add_block = _module.add_block
 CompilesSteps = _module.CompilesSteps
