@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 from keras.src.backend.common.variables import AutocastScope
 
-from keras_gemma2.backend.loss_terms import chunk_terms
+from keras_gemma2.backend.loss_terms import label_terms
 
 
 def frozen_sums_in_chunks(
@@ -35,7 +35,7 @@ def frozen_sums_in_chunks(
             chunk, label = jnp.take(hidden, index, axis=0, mode="clip"), jnp.take(labels, index, mode="clip")
             weight = jnp.where(index < count, jnp.take(weights, index, mode="clip"), 0.0)
             logits = jax.lax.dot_general(table, chunk, (((1,), (1,)), ((), ())))
-            more_nll, more_correct, upstream = chunk_terms(logits, label, weight, cap, axis=0)
+            (more_nll, more_correct), upstream = label_terms(logits, label, weight, cap, differentiate, axis=0)
             if differentiate:
                 of_chunk = jax.lax.dot_general(upstream, table, (((0,), (0,)), ((), ())))
                 to_hidden = to_hidden.at[index].set(of_chunk, mode="drop")

@@ -35,9 +35,9 @@ def next_token_sums(embedding: Any, hidden: Any, labels: Any, weights: Any, trai
         training: whether gradients will be asked for.
 
     Returns:
-        Float32 scalars: "nll", the weighted sum of negative log-likelihoods, which can be differentiated with respect to `hidden`
-        and the embedding's trainable variables; "correct", the weight of tokens whose label has the largest logit; "weight", the
-        sum of weights.
+        Float32 scalars: "loss", the weighted sum of negative log-likelihoods, which can be differentiated with respect to `hidden`
+        and the embedding's trainable variables; "nll", the same sum; "correct", the weight of tokens whose label has the largest
+        logit; "weight", the sum of weights.
     """
     hidden = ops.reshape(hidden, (-1, hidden.shape[-1]))
     labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
@@ -47,6 +47,10 @@ def next_token_sums(embedding: Any, hidden: Any, labels: Any, weights: Any, trai
     if table is not None and hidden.dtype == table.value.dtype:
         nll, correct = backend.frozen_sums_in_chunks(table, cap, hidden, labels, weights, rows, training)
     else:
+
+        def terms(logits: Any, targets: Any, weights: Any, differentiate: bool) -> Any:
+            return backend.label_terms(logits, *targets, weights, cap, differentiate)
+
         head, variables = embedding.uncapped_logits, embedding.variables
-        nll, correct = backend.sums_in_chunks(head, cap, variables, hidden, labels, weights, rows, training)
-    return {"nll": nll, "correct": correct, "weight": ops.sum(weights)}
+        nll, correct = backend.sums_in_chunks(head, terms, 2, variables, hidden, (labels,), weights, rows, training)
+    return {"loss": nll, "nll": nll, "correct": correct, "weight": ops.sum(weights)}

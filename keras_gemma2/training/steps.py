@@ -112,7 +112,7 @@ class _Total(keras.losses.Loss):
 
 
 def _reduced(sums: dict[str, Any], labels: Any, reduction: str) -> Any:
-    loss = sums["nll"]
+    loss = sums["loss"]
     if reduction == "mean_with_sample_weight":
         loss = ops.divide_no_nan(loss, sums["weight"])
     elif reduction == "sum":
@@ -124,7 +124,7 @@ def _reduced(sums: dict[str, Any], labels: Any, reduction: str) -> Any:
 
 
 def _is_sums(y_pred: Any) -> bool:
-    return isinstance(y_pred, dict) and "nll" in y_pred
+    return isinstance(y_pred, dict) and "nll" in y_pred and "loss" in y_pred
 
 
 def _is_cross_entropy(loss: Any) -> bool:
