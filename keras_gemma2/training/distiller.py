@@ -137,6 +137,7 @@ class Distiller(FitsText, TrainsInChunks, keras.Model):
         if state != self._compiled_for:
             self._compiled_for = state
             self.train_function = self.test_function = self.predict_function = None
+            backend.track_variables(self.student)  # of its own: the teacher's variables can have the same paths
             backend.track_variables(self)
             renew_optimizer(self)
         return super().make_train_function(force)
