@@ -1,5 +1,7 @@
 """The loss in chunks against the plain one on the logits: values, gradients, metrics, what is never made."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -16,8 +18,11 @@ ROWS, LENGTH = 3, 11
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of 4 tokens, so that there are several, and one that is not full."""
+    """Chunks of 4 tokens and tiles of 40 of the vocabulary's 97, so that there are several, and one that is not full."""
     monkeypatch.setattr(cross_entropy, "MAX_ROWS", 4)
+    frozen = importlib.import_module(f"keras_gemma2.backend.{keras.backend.backend()}_frozen_loss")
+    if hasattr(frozen, "TILE"):
+        monkeypatch.setattr(frozen, "TILE", 40)
 
 
 def model(dtype="float32", scale=0.3, **overrides):
@@ -99,16 +104,34 @@ def test_reductions(reduction, rate):
 
 
 @pytest.mark.parametrize("frozen", ["embedding", "blocks"])
-def test_what_is_frozen_gets_no_gradient(frozen):
+@pytest.mark.parametrize("weights", ["some", "rows", "one", "none"])
+def test_what_is_frozen_gets_no_gradient(frozen, weights):
+    """And a frozen table, whose logits are made another way, gives the same loss."""
+
     def freeze():
-        lm = model()
+        lm = model(final_logit_soft_cap=None if weights == "rows" else 3.0)
         lm.backbone.token_embedding.trainable = frozen != "embedding"
         for block in lm.backbone.transformer_layers:
             block.trainable = frozen != "blocks"
         return lm
 
+    data = batch(weights)
+    logs, gradients = trained(freeze(), "auto", data)
+    expected, plain = trained(freeze(), plain_loss(), data)
+    assert logs["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    assert logs["sparse_categorical_accuracy"] == pytest.approx(expected["sparse_categorical_accuracy"], abs=1e-6)
+    assert_close(gradients, plain)
+
+
+def test_a_frozen_table_is_evaluated_as_it_is_trained():
     data = batch()
-    assert_close(trained(freeze(), "auto", data)[1], trained(freeze(), plain_loss(), data)[1])
+    lm, plain = model(), model()
+    for m, loss in ((lm, "auto"), (plain, plain_loss())):
+        m.backbone.token_embedding.trainable = False
+        m.compile(loss=loss)
+    found, expected = (m.test_on_batch(*data, return_dict=True) for m in (lm, plain))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+    assert lm.backbone.token_embedding.frozen_float32_table is not None
 
 
 def test_mixed_precision():
