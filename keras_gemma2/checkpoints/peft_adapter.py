@@ -94,7 +94,7 @@ def _values(tensors: Mapping[str, Any], settings: LoraSettings, config: Gemma2Co
     for layer, rank in settings.ranks.items():
         out, width = shapes[layer]
         expected.update(zip([_key(modules[layer], factor) for factor in FACTORS], [(rank, width), (out, rank)]))
-    model = f"this model of {config.num_layers} layers and width {config.hidden_dim}, with the adapter's config,"
+    model = f"this model of {config.num_layers} layers and width {config.hidden_dim} with the adapter's config"
     check_tensors(tensors, expected, path, model)
     return {layer: tuple(_array(tensors, _key(modules[layer], factor), path) for factor in FACTORS) for layer in settings.ranks}
 
