@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Chat": "keras_gemma2.generation.chat_session",
     "CheckpointError": "keras_gemma2.errors",
+    "FinetuneSettings": "keras_gemma2.finetuning.settings",
     "Gemma2Backbone": "keras_gemma2.backbone",
     "Gemma2CausalLM": "keras_gemma2.causal_lm",
     "Gemma2CausalLMPreprocessor": "keras_gemma2.preprocessor",
@@ -22,6 +23,7 @@ _PUBLIC = {
     "Sampler": "keras_gemma2.generation.sampler",
     "chat_token_ids": "keras_gemma2.chat",
     "convert": "keras_gemma2.presets.convert",
+    "finetune": "keras_gemma2.finetuning.run",
     "layers": None,
     "pack_samples": "keras_gemma2.training.packed",
     "preset_names": "keras_gemma2.presets.registry",
