@@ -65,15 +65,15 @@ class RunFolder:
             old, new = before.get(name), recorded[name]
             if old != new:
                 raise CheckpointError(
-                    f"{self.path!r} holds a run with {name}={old!r}, and this one has {name}={new!r}. Give the setting as it was to "
-                    "continue that run, begin anew with --restart (`restart=True`), or choose another output folder."
+                    f"{self.path!r} holds a run with {name}={old!r}, and this one has {name}={new!r}. Give the setting as it was "
+                    "to continue that run, begin anew with --restart (`restart=True`), or choose another output folder."
                 )
 
     def _settings(self) -> dict[str, Any]:
         found: Any = None
-        with contextlib.suppress(OSError, ValueError):  # no such file, or not ours: told below
-            with open(self.file(SETTINGS), encoding="utf-8") as file:
-                found = json.load(file)
+        # No such file, or not ours: told below.
+        with contextlib.suppress(OSError, ValueError), open(self.file(SETTINGS), encoding="utf-8") as file:
+            found = json.load(file)
         if not isinstance(found, dict) or found.get("made_by") != _KIND or not isinstance(found.get("settings"), dict):
             raise CheckpointError(
                 f"{self.path!r} is not empty, and no fine-tuning run of this package is in it. Choose another output folder."
