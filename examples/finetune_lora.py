@@ -4,8 +4,8 @@
     keras-gemma2 finetune --data restored/train.jsonl ...    # the same run by hand: the script prints the whole command
 
 The sentences are those of State of the Union addresses; the ones that are held out come from addresses that the preset never saw.
-A few minutes on 2 cores, with any Keras backend. The folder gets the data, the run (`lm.load_adapter("restored/run")`) with its log,
-and `finetune_lora.md` with `finetune_lora.png`: held-out loss before and after, the losses, and sentences written before and after.
+A few minutes on 2 cores, with any Keras backend. The folder gets the data, the run (`lm.load_adapter("restored/run")`), its log, and
+`finetune_lora.md` with `finetune_lora.png`: held-out loss before and after, the losses, and sentences written before and after.
 A run that was interrupted goes on when the same command is given again.
 """
 
