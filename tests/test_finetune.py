@@ -302,7 +302,7 @@ def test_restart_drops_the_run_and_keeps_what_is_not_of_it(preset, data, tmp_pat
     ids=str,
 )
 def test_bad_options_give_one_line_and_exit_code_2(options, message, preset, data, tmp_path, capsys):
-    refused(options_of(preset, data, tmp_path / "run", **options), message, capsys)
+    refused({**options_of(preset, data, tmp_path / "run"), **options}, message, capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -379,3 +379,8 @@ def refused(options, message, capsys):
 
 def test_rows_read_back(data):
     assert len(read_jsonl(data)["prompts"]) == len(PAIRS)
+
+
+def test_float32_factors_beside_bfloat16_weights_are_no_reason_to_warn(preset, data, tmp_path, recwarn):
+    run(preset, data, tmp_path / "run", dtype="bfloat16", epochs=1, accumulate=1)
+    assert not [str(warning.message) for warning in recwarn if "rounded away" in str(warning.message)]
