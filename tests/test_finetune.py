@@ -298,6 +298,7 @@ def test_restart_drops_the_run_and_keeps_what_is_not_of_it(preset, data, tmp_pat
         ({"length": 8}, r"pairs.jsonl: 14 of 14 samples have more than `length` \+ 1 tokens, 9. Raise --length.*--truncate"),
         ({"accumulate": 7}, "`accumulate` must be at most the steps there are, 6"),
         ({"quantize": "int3"}, "--quantize"),
+        ({"tensorboard": __file__}, "`tensorboard` must be a folder"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import numpy as np
 
@@ -43,5 +44,7 @@ def write_plot(folder: RunFolder) -> bool:
     axes.set(xlabel="step", ylabel="loss, nats per learned token")
     axes.grid(alpha=0.3)
     axes.legend()
-    FigureCanvasAgg(figure).print_png(folder.file(PLOT))
+    half_written = folder.file(f".{PLOT}")
+    FigureCanvasAgg(figure).print_png(half_written)
+    os.replace(half_written, folder.file(PLOT))
     return True

@@ -78,8 +78,8 @@ def finetune(settings: FinetuneSettings, restart: bool = False, progress: bool =
     run = _Run(settings, folder, lm, *read_rows(settings, lm))
     folder.begin(recorded, restart)
     run.train(stored, progress)
-    lm.save_adapter(folder.path)
     write_plot(folder)
+    lm.save_adapter(folder.path)  # after which a run counts as ended
     if settings.merge:
         lm.merge_adapter()
         lm.save_to_preset(folder.file(MERGED))

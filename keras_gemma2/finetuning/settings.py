@@ -100,7 +100,7 @@ class FinetuneSettings:
         """Checks what needs the data's and the preset's files, but no weights.
 
         Raises:
-            OSError: if there is no such file of data.
+            OSError: if there is no such file of data, or TensorBoard's folder is a file.
             ValueError: for an unknown preset, a target that it does not have, or a rank larger than its matrices.
         """
         from keras_gemma2.presets.registry import resolve
@@ -109,6 +109,8 @@ class FinetuneSettings:
             path = getattr(self, name)
             if path is not None and not os.path.isfile(path):
                 raise FileNotFoundError(f"There is no file {os.fspath(path)!r}, which `{name}` names.")
+        if self.tensorboard is not None and os.path.exists(self.tensorboard) and not os.path.isdir(self.tensorboard):
+            raise NotADirectoryError(f"`tensorboard` must be a folder, and {os.fspath(self.tensorboard)!r} is a file.")
         config = resolve(self.preset).config
         LoraSettings.of(config, self.lora_rank, self.lora_alpha, self.targets, self.dropout, self.rslora)
         if self.length is not None and self.length > config.max_sequence_length:
