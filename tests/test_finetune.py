@@ -360,6 +360,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(preset,
     assert (tmp_path / "run" / "checkpoint" / "state.npz").exists()
 
 
+def test_ctrl_c_says_how_to_go_on(preset, data, tmp_path, monkeypatch, capsys):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras_gemma2.Gemma2CausalLM, "train_on_batch", interrupted)
+    assert main(arguments_of(options_of(preset, data, tmp_path / "run"))) == 130
+    assert "The same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.backend_free
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "accumulate", "save_every", "length"])
 def test_counts_are_checked(name):

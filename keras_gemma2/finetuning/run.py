@@ -98,7 +98,7 @@ def _result(folder: RunFolder, steps: int) -> FinetuneResult:
 
 
 def _model(settings: FinetuneSettings) -> Any:
-    from keras_gemma2.causal_lm import Gemma2CausalLM
+    from keras_gemma2 import Gemma2CausalLM  # registers all classes with Keras, as any use of a public name does
 
     lm = Gemma2CausalLM.from_preset(settings.preset, dtype=settings.dtype, quantize=settings.quantize)
     if lm.preprocessor is None:
