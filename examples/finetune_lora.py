@@ -16,7 +16,6 @@ import json
 import re
 import shlex
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +95,10 @@ def words_used(text: str, row: dict[str, str]) -> float:
     return sum(word in written for word in wanted) / len(wanted)
 
 
-def report(options: argparse.Namespace, data: Any, result: Any, texts: dict[str, list[str]], command: str, seconds: float) -> str:
+def report(options: argparse.Namespace, data: Any, result: Any, texts: dict[str, list[str]], command: str) -> str:
     """The section of a README that says what came out."""
     rows = data["held_out"]
+    seen = "each seen once" if options.epochs == 1 else f"each seen {options.epochs} times"
     measured = {}
     for name, loss in (("before", result.before), ("after", result.after)):
         exact = sum(text == row["response"].strip() for text, row in zip(texts[name], rows))
@@ -111,7 +111,7 @@ def report(options: argparse.Namespace, data: Any, result: Any, texts: dict[str,
     return f"""## Fine-tuning with LoRA: words back in order
 
 `python examples/finetune_lora.py --output FOLDER` teaches `{PRESET}` to put the words of a sentence, given in alphabetical order,
-back in theirs: {len(data["train"]):,} sentences of State of the Union addresses, epochs: {options.epochs}. It is measured on
+back in theirs: {len(data["train"]):,} sentences of State of the Union addresses, {seen}. It is measured on
 {len(rows)} sentences of addresses that neither the preset nor the adapter saw. The same run from the command line:
 
 ```bash
@@ -131,14 +131,13 @@ The first {SHOWN}, the likeliest token each time:
 |---|---|---|---|
 {shown}
 
-Run with the {keras.backend.backend()} backend, {result.steps:,} steps; {seconds / 60:.0f} minutes in all.
+Run with the {keras.backend.backend()} backend, {result.steps:,} steps.
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Makes the data, tunes, and writes what came out."""
     options = parse_arguments(arguments)
-    start = time.monotonic()
     data = write_data(options)
     settings = keras_gemma2.FinetuneSettings(
         preset=PRESET,
@@ -163,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         shutil.copyfile(picture, options.output / "finetune_lora.png")
     # The command as a reader types it, wherever this run lay.
     shown = command.replace(str(options.output), "FOLDER")
-    text = report(options, data, result, texts, shown, time.monotonic() - start)
+    text = report(options, data, result, texts, shown)
     (options.output / "finetune_lora.md").write_text(text, encoding="utf-8")
     print(text)
 
