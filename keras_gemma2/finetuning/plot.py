@@ -40,7 +40,7 @@ def write_plot(folder: RunFolder) -> bool:
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         axes.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"training, mean of {window} steps")
     if validation:
-        axes.plot(*np.array(validation).T, "o-", color="tab:orange", label="held out")
+        axes.plot(*np.array(validation).T, "o:", color="tab:orange", linewidth=0.8, label="held out")
     axes.set(xlabel="step", ylabel="loss, nats per learned token")
     axes.grid(alpha=0.3)
     axes.legend()
