@@ -219,14 +219,14 @@ def stopped_after(monkeypatch):
     "others",
     [
         {"quantize": "int8", "dtype": "mixed_bfloat16", "gradient_checkpointing": True},
-        {"quantize": "int4", "pack": True, "length": 40, "rslora": True},
+        {"quantize": "int4", "pack": True, "length": 40, "rslora": True, "hold_out": 0},
     ],
     ids=lambda others: others["quantize"],
 )
 def test_qlora_goes_on_too(others, preset, data, tmp_path, stopped_after):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = run(preset, data, whole, **others)
-    assert result.after < result.before
+    assert result.after is None or result.after < result.before
     go_on = stopped_after(2 if "pack" in others else 3)
     with pytest.raises(Stop):
         run(preset, data, parts, **others)
