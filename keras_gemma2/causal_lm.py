@@ -161,7 +161,8 @@ class Gemma2CausalLM(FitsText, TrainsAdapters, TrainsInChunks, Generates, Scores
 
     def _before_training(self) -> None:
         dtype = self.backbone.dtype_policy.variable_dtype
-        if dtype in ("bfloat16", "float16"):
+        # Factors of an adapter are float32 beside such weights.
+        if dtype in ("bfloat16", "float16") and any(v.dtype == dtype for v in self.trainable_variables):
             warnings.warn(
                 f"The weights are {dtype}: steps smaller than 1/256 of a weight are rounded away, and Keras's Adam, whose "
                 "beta_2 of 0.999 rounds to 1, changes nothing on JAX and TensorFlow. Load the model with "

@@ -1,4 +1,4 @@
-"""The command line: `keras-gemma2 generate | chat | info | convert | verify`, also `python -m keras_gemma2`.
+"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune`, also `python -m keras_gemma2`.
 
 Only the standard library is imported until a command needs more, so that `--help` answers at once. stdout carries a
 command's result and nothing else.
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     _add_convert(commands)
     _add_verify(commands)
+    _add_finetune(commands)
     return parser
 
 
@@ -123,6 +124,18 @@ def _add_verify(commands) -> None:
     add("--no-transformers", action="store_true", help="no logits beside transformers'")
     add("--long", action="store_true", help="also a continuation of 4,806 tokens, minutes on a CPU")
     parser.set_defaults(run=_verify)
+
+
+def _add_finetune(commands) -> None:
+    from keras_gemma2.cli_finetune import add_options
+
+    parser = commands.add_parser(
+        "finetune",
+        help="train an adapter (LoRA) on a file of texts, pairs or conversations",
+        description="Trains an adapter on a .jsonl file. The same command after an interruption goes on where it was.",
+    )
+    add_options(parser.add_argument, _at_least, BACKENDS, DEFAULT_PRESET)
+    parser.set_defaults(run=_finetune)
 
 
 class _OneLineErrors(argparse.ArgumentParser):
@@ -261,3 +274,11 @@ def _verify(options: argparse.Namespace) -> int:
     )
     print(summary(options.where, results), flush=True)
     return int(any(result.verdict == FAILED for result in results))
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from keras_gemma2.cli_finetune import finetune_command, settings_of
+
+    settings = settings_of(options)
+    _choose_backend(options.backend)
+    return finetune_command(settings, options)

@@ -25,7 +25,8 @@ LAYERS = [
     {"_registration"},
     {"checkpoints"},
     {"presets"},
-    {"benchmarks", "cli", "cli_chat"},
+    {"finetuning"},
+    {"benchmarks", "cli", "cli_chat", "cli_finetune"},
     {"__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
