@@ -20,6 +20,7 @@ from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.training.adapters import TrainsAdapters
 from keras_gemma2.training.data import Reader
 from keras_gemma2.training.data_streams import DataOfCall, SaysWhatWasCut, with_callbacks
+from keras_gemma2.training.memory import MemoryReport, report_of
 from keras_gemma2.training.steps import TrainsInChunks
 from keras_gemma2.training.stop_on_nan import StopOnNaN
 
@@ -75,6 +76,8 @@ class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPres
                 "greedy", "top_k", "top_p", "random", "beam".
             **kwargs: passed to `keras.Model.compile`.
         """
+        if isinstance(sampler, dict):  # of `get_compile_config`, as `keras.models.clone_model` hands it on
+            sampler = _deserialized_sampler(sampler)
         check_sampler(sampler)
         ours = isinstance(sampler, Sampler)
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler="greedy" if ours else sampler, **kwargs)
@@ -151,6 +154,27 @@ class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPres
         for block in self.backbone.transformer_layers:
             block.recomputes = enabled
         self.train_function = None  # compiled with the blocks as they were
+
+    def memory_report(self, batch: int, length: int) -> MemoryReport:
+        """Estimates the memory of a training step from shapes alone; nothing is allocated.
+
+        It follows the dtype policy, quantized weights, the active adapter, gradient checkpointing, the optimizer of `compile` and the
+        backend. What the framework's libraries and compilers take is not in it.
+
+        Args:
+            batch: rows of a step.
+            length: tokens of a row.
+
+        Returns:
+            A `keras_gemma2.training.memory.MemoryReport`, in bytes, which prints as a table.
+
+        Raises:
+            ValueError: for a batch or length that makes no step, a length over the model's context, or a model without an optimizer.
+
+        Example:
+            >>> print(lm.memory_report(batch=1, length=2048))
+        """
+        return report_of(self, batch, length)
 
     @property
     def _is_quantized(self) -> bool:
