@@ -76,8 +76,6 @@ class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPres
                 "greedy", "top_k", "top_p", "random", "beam".
             **kwargs: passed to `keras.Model.compile`.
         """
-        if isinstance(sampler, dict):  # of `get_compile_config`, as `keras.models.clone_model` hands it on
-            sampler = _deserialized_sampler(sampler)
         check_sampler(sampler)
         ours = isinstance(sampler, Sampler)
         super().compile(optimizer, loss, weighted_metrics=weighted_metrics, sampler="greedy" if ours else sampler, **kwargs)
@@ -158,8 +156,8 @@ class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPres
     def memory_report(self, batch: int, length: int) -> MemoryReport:
         """Estimates the memory of a training step from shapes alone; nothing is allocated.
 
-        It follows the dtype policy, quantized weights, the active adapter, gradient checkpointing, the optimizer of `compile` and the
-        backend. What the framework's libraries and compilers take is not in it.
+        It follows the dtype policy, quantized weights, the active adapter, gradient checkpointing, the optimizer and the backend.
+        What the framework's libraries and compilers take is not in it.
 
         Args:
             batch: rows of a step.
@@ -169,7 +167,7 @@ class Gemma2CausalLM(TrainsAdapters, TrainsInChunks, Generates, Scores, FromPres
             A `keras_gemma2.training.memory.MemoryReport`, in bytes, which prints as a table.
 
         Raises:
-            ValueError: for a batch or length that makes no step, a length over the model's context, or a model without an optimizer.
+            ValueError: for a batch or length that makes no step, a length over the context, or a model without an optimizer.
 
         Example:
             >>> print(lm.memory_report(batch=1, length=2048))

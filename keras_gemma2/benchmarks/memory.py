@@ -1,6 +1,6 @@
 """Estimates of `lm.memory_report` beside what processes took: each case in a fresh process that trained a small model first.
 
-What is measured is how far resident memory rose over the built and compiled model, in two training steps; so the small model's steps,
+What is measured is how far resident memory rose over the built and compiled model, in two training steps; the small model's steps,
 which load libraries and start compilers, do not count. What is estimated is gradients, optimizer, activations and loss.
 """
 
