@@ -14,7 +14,7 @@ import jax
 import keras
 
 # What is to be computed again in the backward pass stands behind optimization barriers. XLA's CPU compiler takes them out early,
-# sees then that the same was computed in the forward pass, and keeps that instead: `jax.checkpoint` saves nothing. This pass does it.
+# sees then that the same was computed before, and keeps that instead: `jax.checkpoint` saves nothing. This pass does it.
 _KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
