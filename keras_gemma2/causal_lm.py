@@ -19,6 +19,7 @@ from keras_gemma2.inputs import check_keywords, check_token_inputs, is_token_dic
 from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.training.adapters import TrainsAdapters
 from keras_gemma2.training.fitting import FitsText
+from keras_gemma2.training.memory import MemoryReport, report_of
 from keras_gemma2.training.steps import TrainsInChunks
 
 
@@ -149,6 +150,27 @@ class Gemma2CausalLM(FitsText, TrainsAdapters, TrainsInChunks, Generates, Scores
         for block in self.backbone.transformer_layers:
             block.recomputes = enabled
         self.train_function = None  # compiled with the blocks as they were
+
+    def memory_report(self, batch: int, length: int) -> MemoryReport:
+        """Estimates the memory of a training step from shapes alone; nothing is allocated.
+
+        It follows the dtype policy, quantized weights, the active adapter, gradient checkpointing, the optimizer and the backend.
+        What the framework's libraries and compilers take is not in it.
+
+        Args:
+            batch: rows of a step.
+            length: tokens of a row.
+
+        Returns:
+            A `keras_gemma2.training.memory.MemoryReport`, in bytes, which prints as a table.
+
+        Raises:
+            ValueError: for a batch or length that makes no step, a length over the context, or a model without an optimizer.
+
+        Example:
+            >>> print(lm.memory_report(batch=1, length=2048))
+        """
+        return report_of(self, batch, length)
 
     @property
     def _is_quantized(self) -> bool:

@@ -1,4 +1,6 @@
-"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune`, also `python -m keras_gemma2`.
+"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune | plan-memory`.
+
+`python -m keras_gemma2` is the same.
 
 Only the standard library is imported until a command needs more, so that `--help` answers at once. stdout carries a
 command's result and nothing else.
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_verify(commands)
     _add_finetune(commands)
+    _add_plan_memory(commands)
     return parser
 
 
@@ -136,6 +139,26 @@ def _add_finetune(commands) -> None:
     )
     add_options(parser.add_argument, _at_least, BACKENDS, DEFAULT_PRESET)
     parser.set_defaults(run=_finetune)
+
+
+def _add_plan_memory(commands) -> None:
+    parser = commands.add_parser(
+        "plan-memory",
+        help="estimate the memory of a training step",
+        description="Prints what a training step would hold in memory, estimated from the model's config; loads no weights.",
+    )
+    add, positive = parser.add_argument, _at_least(int, 1)
+    add("preset", help="built-in name, hub address, folder or file")
+    add("--batch", type=positive, default=1, metavar="B", help="rows of a step (default: %(default)s)")
+    add("--length", type=positive, default=2048, metavar="T", help="tokens of a row (default: %(default)s)")
+    add("--dtype", default="float32", help="float32, bfloat16, mixed_bfloat16, ... (default: %(default)s)")
+    add("--quantize", choices=("int8", "int4"), help="weights kept in fewer bits")
+    add("--lora-rank", type=positive, metavar="R", help="train an adapter of this rank (default: train all weights)")
+    add("--targets", default="attention", help="of the adapter: attention, all, or a layer's name (default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="keep of each block its input alone")
+    add("--optimizer", default="adam", metavar="NAME", help="sgd, adam, adamw, ... (default: %(default)s)")
+    add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
+    parser.set_defaults(run=_plan_memory)
 
 
 class _OneLineErrors(argparse.ArgumentParser):
@@ -282,3 +305,28 @@ def _finetune(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     _choose_backend(options.backend)
     return finetune_command(settings, options)
+
+
+def _plan_memory(options: argparse.Namespace) -> int:
+    from keras_gemma2.presets.registry import resolve
+
+    config = resolve(options.preset).config
+    _choose_backend(options.backend)
+    from keras_gemma2.lora import LoraSettings
+    from keras_gemma2.training.memory import plan_memory
+
+    if options.quantize is not None and options.lora_rank is None:
+        raise ValueError("argument --quantize: quantized weights are not trained; give --lora-rank to train an adapter over them")
+    rank = options.lora_rank
+    report = plan_memory(
+        config,
+        options.batch,
+        options.length,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        lora=None if rank is None else LoraSettings.of(config, rank, 16, options.targets),
+        gradient_checkpointing=options.gradient_checkpointing,
+        optimizer=options.optimizer,
+    )
+    print(f"{options.preset}: {report}")
+    return 0

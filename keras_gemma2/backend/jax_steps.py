@@ -13,6 +13,10 @@ from typing import Any
 import jax
 import keras
 
+# What is to be computed again in the backward pass stands behind optimization barriers. XLA's CPU compiler takes them out early,
+# sees then that the same was computed before, and keeps that instead: `jax.checkpoint` saves nothing. This pass does it.
+_KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
 
 class CompilesSteps:
     """Mixed in before `keras.Model`: its compiled steps neither donate nor return the weights that they only read.
@@ -62,7 +66,8 @@ class CompilesSteps:
             result, state = step(_joined(changing, fixed, kept), data)
             return result, _split(state, kept)[0]
 
-        compiled = jax.jit(changing_only, donate_argnums=0, static_argnums=3)
+        options = _KEEP_BARRIERS if jax.default_backend() == "cpu" else None
+        compiled = jax.jit(changing_only, donate_argnums=0, static_argnums=3, compiler_options=options)
 
         def run(state: tuple, data: Any) -> tuple[Any, tuple]:
             kept = self._kept(kind)  # asked each time: layers may have been frozen since

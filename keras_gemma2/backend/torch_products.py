@@ -106,8 +106,8 @@ class _Widened(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, kernel: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        ctx.save_for_backward(rows, kernel)
-        ctx.dtype = dtype
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, kernel)  # a frozen kernel's gradient is not asked for
+        ctx.dtype, ctx.shape, ctx.rows_dtype = dtype, rows.shape, rows.dtype
         wide = rows.to(dtype).float()
         out = wide.new_empty(rows.shape[0], kernel.shape[0])
         for block in row_blocks(*kernel.shape):
@@ -118,7 +118,7 @@ class _Widened(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, kernel = ctx.saved_tensors
         gradient = gradient.float()
-        for_rows = gradient.new_zeros(rows.shape) if ctx.needs_input_grad[0] else None
+        for_rows = gradient.new_zeros(ctx.shape) if ctx.needs_input_grad[0] else None
         for_kernel = torch.empty_like(kernel) if ctx.needs_input_grad[1] else None
         wide = rows.to(ctx.dtype).float() if for_kernel is not None else None
         for block in row_blocks(*kernel.shape):
@@ -126,7 +126,7 @@ class _Widened(torch.autograd.Function):
                 for_rows.addmm_(gradient[:, block], kernel[block].to(ctx.dtype).float())
             if for_kernel is not None:
                 for_kernel[block] = gradient[:, block].T @ wide
-        return None if for_rows is None else for_rows.to(rows.dtype), for_kernel, None
+        return None if for_rows is None else for_rows.to(ctx.rows_dtype), for_kernel, None
 
 
 @functools.cache

@@ -1,10 +1,10 @@
-"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize | train`."""
+"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize | train | memory`."""
 
 from __future__ import annotations
 
 import argparse
 
-from keras_gemma2.benchmarks import build, generate, load, quantize, train
+from keras_gemma2.benchmarks import build, generate, load, memory, quantize, train
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     generate.add_command(commands)
     quantize.add_command(commands)
     train.add_command(commands)
+    memory.add_command(commands)
     options = parser.parse_args()
     options.run(options)
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_gemma2 import backend
 from keras_gemma2.layers.linear import Linear
 from keras_gemma2.layers.numerics import saturate
 from keras_gemma2.layers.quantization import QuantizableContainer
@@ -40,11 +41,17 @@ class FeedForward(QuantizableContainer, keras.layers.Layer):
         self.down.build((None, None, self.intermediate_dim))
         self.built = True
 
-    def call(self, inputs: Any) -> Any:
-        return self.down(saturate(ops.gelu(self.gate(inputs), approximate=True) * self.up(inputs)))
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        gate, up = self.gate(inputs), self.up(inputs)
+        # The widest arrays of a block: computed again in the backward pass, gate and up alone are kept until then.
+        return self.down(backend.recomputed(_gated, [], gate, up) if training else _gated(gate, up))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "intermediate_dim": self.intermediate_dim}
+
+
+def _gated(gate: Any, up: Any) -> Any:
+    return saturate(ops.gelu(gate, approximate=True) * up)

@@ -1,0 +1,97 @@
+"""Estimates of `lm.memory_report` beside what processes took: each case in a fresh process that trained a small model first.
+
+What is measured is how far resident memory rose over the built and compiled model, in two training steps; the small model's steps,
+which load libraries and start compilers, do not count. What is estimated is gradients, optimizer, activations and loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+
+from keras_gemma2.benchmarks.processes import BACKENDS, WIDTHS_2B, in_fresh_process, peak_bytes, reset_peak, resident_bytes
+
+SMALL = {
+    "vocabulary_size": 1024,
+    "num_layers": 1,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 64,
+    "intermediate_dim": 128,
+    "head_dim": 16,
+}
+MEDIUM = {
+    "vocabulary_size": 4096,
+    "num_layers": 8,
+    "num_query_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_dim": 512,
+    "intermediate_dim": 2048,
+    "head_dim": 64,
+}
+LARGE = {**WIDTHS_2B, "num_layers": 2}
+# Name: sizes, length, dtype, LoRA's rank (None: all weights are trained), gradient checkpointing.
+CASES: dict[str, tuple[dict[str, int], int, str, int | None, bool]] = {
+    "medium, LoRA": (MEDIUM, 1024, "float32", 8, False),
+    "medium, LoRA, checkpointing": (MEDIUM, 1024, "float32", 8, True),
+    "medium, LoRA, T = 2048": (MEDIUM, 2048, "float32", 8, False),
+    "medium, LoRA, mixed_bfloat16": (MEDIUM, 2048, "mixed_bfloat16", 8, False),
+    "medium, all weights": (MEDIUM, 1024, "float32", None, False),
+    "2B widths, LoRA": (LARGE, 2048, "float32", 8, False),
+    "2B widths, LoRA, bfloat16": (LARGE, 2048, "bfloat16", 8, False),
+}
+
+
+def add_command(commands: Any) -> None:
+    """Adds `memory` to the program's commands."""
+    parser = commands.add_parser("memory", help="estimated and measured memory of training steps", description=__doc__)
+    add = parser.add_argument
+    add("--backend", choices=BACKENDS, action="append", help="may be repeated (default: all three)")
+    add("--case", choices=tuple(CASES), action="append", help="may be repeated (default: all)")
+    add("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a table with a row for each case and backend."""
+    if options.child:
+        print(json.dumps(measure(*CASES[options.case[0]])))
+        return
+    print("| model | T | backend | estimate, MB | measured, MB | estimate / measured |\n|---|---|---|---|---|---|", flush=True)
+    for case in options.case or CASES:
+        for backend in options.backend or BACKENDS:
+            row = in_fresh_process("memory", backend, "--child", "--case", case)
+            ratio, megabytes = row["estimate"] / row["measured"], {name: size / 1e6 for name, size in row.items()}
+            figures = f"{megabytes['estimate']:.0f} | {megabytes['measured']:.0f} | {ratio:.2f}"
+            print(f"| {case} | {CASES[case][1]} | {backend} | {figures} |", flush=True)
+
+
+def measure(numbers: dict[str, int], length: int, dtype: str, rank: int | None, checkpointing: bool) -> dict[str, float]:
+    """Bytes of a model's training steps in this process, beside its weights: `estimate` and `measured`."""
+    lm, step = _model(SMALL, 2 * 256, "float32", 2, False)  # in blocks, as the others
+    step()
+    lm, step = _model(numbers, length, dtype, rank, checkpointing)
+    before = resident_bytes()
+    reset_peak()
+    step()
+    step()
+    return {"estimate": float(lm.memory_report(1, length).growth), "measured": float(peak_bytes() - before)}
+
+
+def _model(numbers: dict[str, int], length: int, dtype: str, rank: int | None, checkpointing: bool) -> tuple[Any, Any]:
+    import keras
+
+    from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
+
+    lm = Gemma2CausalLM(Gemma2Backbone(**numbers, dtype=dtype))
+    if rank is not None:
+        lm.enable_lora(rank)
+    if checkpointing:
+        lm.enable_gradient_checkpointing()
+    lm.compile(optimizer=keras.optimizers.Adam(1e-4))
+    token_ids = np.random.default_rng(0).integers(3, numbers["vocabulary_size"], (1, length)).astype("int32")
+    x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    return lm, lambda: lm.train_on_batch(x)
