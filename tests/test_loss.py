@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from keras import ops
 
-from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, backend
 from keras_gemma2.training import cross_entropy
 
 # float32 sums in another order, as a share of the largest gradient of a variable.
@@ -235,3 +235,15 @@ def test_all_weights_zero():
 def test_rows_a_chunk(monkeypatch):
     monkeypatch.undo()
     assert cross_entropy.rows_a_chunk(256000) == 64 and cross_entropy.rows_a_chunk(97) == 1024
+
+
+def test_rows_a_chunk_over_a_frozen_table(monkeypatch):
+    """At 2B's sizes: within the rule's bytes, multiples of what it says, and hardly more rows than there are tokens."""
+    monkeypatch.undo()
+    rule = backend.FROZEN_CHUNKS
+    for count in (1, 100, 512, 2048, 8192, 30000):
+        rows = cross_entropy.rows_over_frozen_table(count, 2304, 256000)
+        logits, gradient = 4 * rows * 256000 * rule.logits_held, 4 * count * 2304
+        assert rows == 64 or (rows % rule.multiple == 0 and logits + gradient <= rule.working_bytes)
+        assert -(-count // rows) * rows - count < rule.multiple * -(-count // rows)
+    assert cross_entropy.rows_over_frozen_table(None, 2304, 256000) == 64

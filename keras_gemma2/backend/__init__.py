@@ -30,6 +30,7 @@ FUNCTIONS = (
     "label_terms",
     "sums_in_chunks",
     "frozen_sums_in_chunks",
+    "FROZEN_CHUNKS",
     "with_gradient",
     "add_block",
     "CompilesSteps",
@@ -64,6 +65,7 @@ no_gradients = _module.no_gradients
 label_terms = _module.label_terms
 sums_in_chunks = _module.sums_in_chunks
 frozen_sums_in_chunks = _module.frozen_sums_in_chunks
+FROZEN_CHUNKS = _module.FROZEN_CHUNKS
 with_gradient = _module.with_gradient
 add_block = _module.add_block
 CompilesSteps = _module.CompilesSteps

@@ -1,7 +1,6 @@
 """JAX: the loss over chunks of rows where the table is frozen and in float32, as with LoRA.
 
-Logits are made transposed, `[V, n]`: on CPUs XLA is faster both ways then (for 64 rows 186 and 149 GFLOP/s, against 142 and 57),
-and their gradient takes their place in memory.
+Logits are made transposed, `[V, n]`: on CPUs XLA is faster both ways then (for 64 rows 186 and 149 GFLOP/s, against 142 and 57).
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ import jax.numpy as jnp
 import keras
 from keras.src.backend.common.variables import AutocastScope
 
-from keras_gemma2.backend.loss_terms import label_terms
+from keras_gemma2.backend.loss_terms import ChunkRule, label_terms
+
+FROZEN_CHUNKS = ChunkRule(logits_held=2, multiple=64, working_bytes=256 << 20)  # XLA is slow at other numbers of rows
 
 
 def frozen_sums_in_chunks(

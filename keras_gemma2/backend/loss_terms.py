@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
+
+
+class ChunkRule(NamedTuple):
+    """How a backend chooses the rows of a chunk over a table that is frozen and in float32; more rows make faster products.
+
+    Attributes:
+        logits_held: how often a chunk's logits are in memory at once.
+        multiple: what numbers of rows are made multiples of.
+        working_bytes: what logits and the gradient of the hidden states may take.
+    """
+
+    logits_held: int
+    multiple: int
+    working_bytes: int
 
 
 def label_terms(

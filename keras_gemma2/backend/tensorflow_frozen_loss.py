@@ -12,7 +12,10 @@ import keras
 import tensorflow as tf
 from keras.src.backend.common.variables import AutocastScope
 
+from keras_gemma2.backend.loss_terms import ChunkRule
+
 TILE = 8000  # of the vocabulary
+FROZEN_CHUNKS = ChunkRule(logits_held=1, multiple=16, working_bytes=208 << 20)
 
 
 def frozen_sums_in_chunks(

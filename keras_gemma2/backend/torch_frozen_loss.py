@@ -13,9 +13,11 @@ import keras
 import torch
 from keras.src.backend.common.variables import AutocastScope
 
+from keras_gemma2.backend.loss_terms import ChunkRule
 from keras_gemma2.backend.torch_products import tile_product
 
 TILE = 16000  # of the vocabulary
+FROZEN_CHUNKS = ChunkRule(logits_held=1, multiple=16, working_bytes=208 << 20)
 
 
 def frozen_sums_in_chunks(

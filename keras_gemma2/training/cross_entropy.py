@@ -24,6 +24,25 @@ def rows_a_chunk(vocabulary_size: int) -> int:
     return int(min(MAX_ROWS, max(1, 2 ** int(np.log2(max(1, CHUNK_BYTES / (4 * vocabulary_size)))))))
 
 
+def rows_over_frozen_table(count: int | None, hidden_dim: int, vocabulary_size: int) -> int:
+    """Tokens of a chunk where the table is frozen and in float32.
+
+    As many as the backend's rule allows, in chunks of about one size, and not fewer than `rows_a_chunk`.
+
+    Args:
+        count: tokens in all; None where that is not known.
+        hidden_dim: D.
+        vocabulary_size: V.
+    """
+    least, rule = rows_a_chunk(vocabulary_size), backend.FROZEN_CHUNKS
+    if not count:
+        return least
+    room = (rule.working_bytes - 4 * count * hidden_dim) // (4 * vocabulary_size * rule.logits_held)
+    most = min(MAX_ROWS, max(least, room // rule.multiple * rule.multiple))
+    even = -(-count // -(-count // most))
+    return min(most, -(-even // rule.multiple) * rule.multiple)
+
+
 def next_token_sums(embedding: Any, hidden: Any, labels: Any, weights: Any, training: bool) -> dict[str, Any]:
     """Sums over tokens of the cross-entropy to their labels.
 
@@ -43,14 +62,15 @@ def next_token_sums(embedding: Any, hidden: Any, labels: Any, weights: Any, trai
     labels = ops.cast(ops.reshape(labels, (-1,)), "int32")
     weights = ops.cast(ops.reshape(weights, (-1,)), "float32")
 
-    cap, rows, table = embedding.logit_soft_cap, rows_a_chunk(embedding.vocabulary_size), embedding.frozen_float32_table
+    cap, table = embedding.logit_soft_cap, embedding.frozen_float32_table
     if table is not None and hidden.dtype == table.value.dtype:
+        rows = rows_over_frozen_table(hidden.shape[0], hidden.shape[1], embedding.vocabulary_size)
         nll, correct = backend.frozen_sums_in_chunks(table, cap, hidden, labels, weights, rows, training)
     else:
 
         def terms(logits: Any, targets: Any, weights: Any, differentiate: bool) -> Any:
             return backend.label_terms(logits, *targets, weights, cap, differentiate)
 
-        head, variables = embedding.uncapped_logits, embedding.variables
+        head, variables, rows = embedding.uncapped_logits, embedding.variables, rows_a_chunk(embedding.vocabulary_size)
         nll, correct = backend.sums_in_chunks(head, terms, 2, variables, hidden, (labels,), weights, rows, training)
     return {"loss": nll, "nll": nll, "correct": correct, "weight": ops.sum(weights)}
