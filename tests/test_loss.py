@@ -175,11 +175,10 @@ def test_evaluate_and_fit_and_files(tmp_path):
 
 
 def test_logits_are_made_for_chunks_only(monkeypatch):
-    """And for no more chunks than the tokens that count need."""
+    """From the first step on, and for no more chunks than the tokens that count need."""
     lm, seen = model(), []
     x, y, weights = batch("one")
     lm.compile()
-    lm.train_on_batch(x, y, weights)  # Keras runs the model on symbols first
     embedding = type(lm.backbone.token_embedding)
     product = embedding.uncapped_logits
 

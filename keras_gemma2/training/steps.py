@@ -60,6 +60,19 @@ class TrainsInChunks(backend.CompilesSteps):
         with self._targets(args[-1]):
             return super().test_step(*args)
 
+    def _symbolic_build(self, *args: Any, **kwargs: Any) -> None:
+        """Keras builds losses and metrics from what the model gives for symbols, before its first step.
+
+        The sums have none that want building. On PyTorch, where a model can fail on symbols, Keras would compute the logits
+        `[B, T, V]` instead.
+        """
+        if not self._is_chunked:
+            super()._symbolic_build(*args, **kwargs)
+            return
+        if self.optimizer is not None and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        self._post_build()
+
     @contextlib.contextmanager
     def _targets(self, data: Any) -> Iterator[None]:
         """A context in which calling the model gives sums of the loss, where the data is of the usual form."""
