@@ -27,7 +27,7 @@ EVALUATION_ROWS = 32  # a batch
 class Recipe:
     """What all runs of a study have in common."""
 
-    steps: int = 640
+    steps: int = 400
     batch_size: int = 16  # rows
     context: int = 128  # tokens a row
     learning_rate: float = 4e-3  # the peak: see the study `rate`
