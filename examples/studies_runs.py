@@ -30,7 +30,7 @@ class Recipe:
     steps: int = 400
     batch_size: int = 16  # rows
     context: int = 128  # tokens a row
-    learning_rate: float = 4e-3  # the peak: see the study `rate`
+    learning_rate: float = 1.6e-2  # the peak: see the study `rate`
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.1
     beta_2: float = 0.98
