@@ -4,6 +4,7 @@
     python examples/studies.py depth          deep against wide
     python examples/studies.py caps           soft caps on and off
     python examples/studies.py window         perplexity against the inference window, of the embedded preset; trains nothing
+    python examples/studies.py distillation   students of three sizes that learn from a teacher, against students of the text alone
     python examples/studies.py rate           which learning rate the others take, on one seed and on other text
 
 Each writes `studies_NAME.png` and its section of `README.md` into `--output`. A finished run is kept in `--runs`: a study that
@@ -132,24 +133,24 @@ def rate(args: argparse.Namespace, name: str) -> None:
 
 def window(args: argparse.Namespace, name: str) -> None:
     """The embedded preset with other sliding windows than it was trained with."""
-    recipe = dataclasses.replace(args.recipe, steps=1)
-    data = runs.load_data(recipe, args.corpus, args.cache)
-    trained_with = keras_gemma2.Gemma2CausalLM.from_preset(runs.PRESET)
-    config = trained_with.backbone.config
-    context = min(WINDOW_CONTEXT, config.max_sequence_length)
+    data = runs.load_data(dataclasses.replace(args.recipe, steps=1), args.corpus, args.cache)
+    teacher = keras_gemma2.Gemma2CausalLM.from_preset(runs.PRESET)
+    trained_with = teacher.backbone.config.sliding_window_size
+    results = {size: embedded(args, data, teacher, size, WINDOW_CONTEXT) for size in WINDOWS}
+    section = report.window_section(results, trained_with, WINDOW_CONTEXT)
+    report.write(args.output, name, section, report.window_plot(results, trained_with))
 
-    def make(size: int) -> dict[str, Any]:
-        backbone = keras_gemma2.Gemma2Backbone(**config.to_dict() | {"sliding_window_size": size})
-        backbone.set_weights(trained_with.backbone.get_weights())
-        lm = keras_gemma2.Gemma2CausalLM(backbone)
-        return {"parameters": lm.count_params(), **runs.held_out(lm, data, "test", context)}
 
-    results = {}
-    for size in WINDOWS:
-        settings = {"preset": runs.PRESET, "window": size, "context": context, "part": "test", "data": data.digest}
-        results[size] = runs.run_once(args.runs, f"window{size}", settings, lambda size=size: make(size))
-    section = report.window_section(results, config.sliding_window_size, context)
-    report.write(args.output, name, section, report.window_plot(results, config.sliding_window_size))
+def embedded(args: argparse.Namespace, data: runs.Data, lm: Any, size: int, context: int) -> dict[str, Any]:
+    """Held-out figures of the embedded preset with a sliding window of `size`, in rows of `context` tokens."""
+    settings = {"preset": runs.PRESET, "window": size, "context": context, "part": "test", "data": data.held_out_digest}
+
+    def make() -> dict[str, Any]:
+        backbone = keras_gemma2.Gemma2Backbone(**lm.backbone.config.to_dict() | {"sliding_window_size": size})
+        backbone.set_weights(lm.backbone.get_weights())
+        return {"parameters": lm.count_params(), **runs.held_out(keras_gemma2.Gemma2CausalLM(backbone), data, "test", context)}
+
+    return runs.run_once(args.runs, f"window{size}-context{context}", settings, make)
 
 
 STUDIES: dict[str, Callable[[argparse.Namespace, str], None]] = {

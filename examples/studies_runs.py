@@ -50,12 +50,14 @@ class Data:
         documents: name -> ids, of "dev" and "test".
         sizes: UTF-8 bytes of "dev" and "test".
         digest: names all of it, so that results on other text are never mistaken for these.
+        held_out_digest: names the documents, for what is only evaluated.
     """
 
     rows: np.ndarray
     documents: dict[str, dict[str, np.ndarray]]
     sizes: dict[str, int]
     digest: str
+    held_out_digest: str
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -79,12 +81,9 @@ def load_data(recipe: Recipe, corpus: Path | None, cache: Path) -> Data:
         raise SystemExit(f"The training text is enough for {blocks.steps} steps of new text. Received: --steps {recipe.steps}.")
     parts = ("dev", "test")
     held = {part: dict(zip(split[part], mini_corpus.encode(split[part], vocabulary), strict=True)) for part in parts}
-    content = hashlib.sha256(blocks.rows.tobytes())
-    for part in parts:
-        for ids in held[part].values():
-            content.update(ids.tobytes())
-    sizes = {part: mini_corpus.byte_count(split[part]) for part in parts}
-    return Data(blocks.rows, held, sizes, content.hexdigest()[:16])
+    held_out_tokens = b"".join(ids.tobytes() for part in parts for ids in held[part].values())
+    digests = (hashlib.sha256(content).hexdigest()[:16] for content in (blocks.rows.tobytes() + held_out_tokens, held_out_tokens))
+    return Data(blocks.rows, held, {part: mini_corpus.byte_count(split[part]) for part in parts}, *digests)
 
 
 # --- one run --------------------------------------------------------------------------------------------------------------
