@@ -153,9 +153,48 @@ def embedded(args: argparse.Namespace, data: runs.Data, lm: Any, size: int, cont
     return runs.run_once(args.runs, f"window{size}-context{context}", settings, make)
 
 
+def distillation(args: argparse.Namespace, name: str) -> None:
+    """Students of three sizes, from scratch and from the embedded preset's probabilities."""
+    recipe = args.recipe
+    data = runs.load_data(recipe, args.corpus, args.cache)
+    teacher = keras_gemma2.Gemma2CausalLM.from_preset(runs.PRESET)
+    figures = embedded(args, data, teacher, teacher.backbone.config.sliding_window_size, recipe.context)
+    results = []
+    for seed in args.seeds:
+        scratch = [trained(args, data, arm, seed, recipe) for arm in STUDENTS]
+        results.append(list(zip(scratch, [distilled(args, data, arm, seed, teacher) for arm in STUDENTS])))
+    pairs = []
+    for arm, column in zip(STUDENTS, zip(*results)):
+        labels = (f"{arm.label}, from scratch", f"{arm.label}, distilled")
+        pairs.append(tuple(report.ArmResult(label, arm.config, half) for label, half in zip(labels, zip(*column))))
+    title = "Distilled against from-scratch students, at equal tokens"
+    how = f"Distilled students learn the teacher's probabilities of its {runs.TOP_K} likeliest tokens at each place, recorded once."
+    section = report.distillation_section(title, pairs, figures, how, recipe, args.seeds)
+    report.write(args.output, name, section, report.distillation_plot(title, pairs, figures))
+
+
+def distilled(args: argparse.Namespace, data: runs.Data, arm: Arm, seed: int, teacher: Any) -> dict[str, Any]:
+    """The result of one distillation, made now or kept from before."""
+    recipe = args.recipe
+    settings = {"objective": "distilled", "teacher": runs.PRESET, "top_k": runs.TOP_K, "config": arm.config}
+    settings |= {**dataclasses.asdict(recipe), "seed": seed, "part": "test", "data": data.digest}
+
+    folder = args.runs / f"teacher-{data.digest}"
+
+    def record() -> None:
+        keras_gemma2.record_teacher(teacher, data.inputs, folder, top_k=runs.TOP_K, batch_size=runs.EVALUATION_ROWS)
+
+    def make() -> dict[str, Any]:
+        lm = runs.distill(arm.config, recipe, seed, folder)
+        return {"parameters": lm.count_params(), **runs.held_out(lm, data, "test", recipe.context)}
+
+    return runs.run_once(args.runs, f"{arm.name}-distilled-seed{seed}", settings, make, prepare=record)
+
+
 STUDIES: dict[str, Callable[[argparse.Namespace, str], None]] = {
     **dict.fromkeys(COMPARISONS, compare),
     "window": window,
+    "distillation": distillation,
     "rate": rate,
 }
 
@@ -183,7 +222,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for flag in ("steps", "batch_size", "context", "learning_rate"):
         if not getattr(args, flag) > 0:
             parser.error(f"--{flag.replace('_', '-')} must be over 0. Received: {getattr(args, flag)}.")
-    if args.study in COMPARISONS and len(set(args.seeds)) < 2:
+    if args.study not in ("window", "rate") and len(set(args.seeds)) < 2:
         parser.error(f"--seeds: one seed has no spread to judge a difference by; give two or more. Received: {args.seeds}.")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds: each may be given once. Received: {args.seeds}.")

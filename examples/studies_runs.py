@@ -21,6 +21,7 @@ import keras_gemma2
 
 PRESET = "gemma2_mini_en"
 EVALUATION_ROWS = 32  # a batch
+TOP_K = 64  # of the teacher's probabilities, a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,16 @@ def train(config: dict[str, Any], recipe: Recipe, data: Data, seed: int) -> kera
     return lm
 
 
+def distill(config: dict[str, Any], recipe: Recipe, seed: int, folder: Path) -> keras_gemma2.Gemma2CausalLM:
+    """A model trained on the same rows by what the teacher, whose probabilities lie in `folder`, expects of each token."""
+    keras.utils.set_random_seed(seed)
+    lm = build(config, recipe)
+    distiller = keras_gemma2.Distiller(lm, folder, temperature=1.0, alpha=1.0)
+    distiller.compile(optimizer=build_optimizer(recipe, lm.trainable_variables))
+    distiller.fit(batch_size=recipe.batch_size, verbose=0)
+    return lm
+
+
 def held_out(lm: keras_gemma2.Gemma2CausalLM, data: Data, part: str, context: int) -> dict[str, Any]:
     """Perplexity per token and bits per byte of whole documents, each token scored once.
 
@@ -168,11 +179,22 @@ def result_file(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     return folder / f"{name}-{digest}.json"
 
 
-def run_once(folder: Path, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a run: from the folder, or made now and kept there."""
+def run_once(
+    folder: Path,
+    name: str,
+    settings: dict[str, Any],
+    make: Callable[[], dict[str, Any]],
+    prepare: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """The result of a run: from the folder, or made now and kept there.
+
+    `prepare` is called before `make`, and its time is not the run's.
+    """
     result = finished(folder, name, settings)
     if result is None:
         print(f"{name} ...", end=" ", flush=True)
+        if prepare is not None:
+            prepare()
         start = time.process_time()  # of all threads, whatever else the machine does meanwhile
         result = make()
         result |= {"cpu_seconds": time.process_time() - start, "processor": processor(), "backend": keras.backend.backend()}

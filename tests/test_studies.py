@@ -104,6 +104,17 @@ def test_the_window_study_changes_the_window_alone(flags, tmp_path, monkeypatch)
     check_picture(tmp_path / "output" / "studies_window.png")
 
 
+def test_distillation_trains_each_student_both_ways(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "STUDENTS", (studies.Arm("tiny", "tiny", studies.MEDIUM | SMALL),))
+    studies.main(["distillation", *flags, "--seeds", "0", "1"])
+    found = {name.rsplit("-", 1)[0]: result for name, result in results_of(tmp_path).items()}
+    assert set(found) == {"window128-context16", *(f"tiny{how}-seed{seed}" for how in ("", "-distilled") for seed in (0, 1))}
+    assert len({result["perplexity"] for result in found.values()}) == 5
+    assert found["tiny-seed0"]["parameters"] == found["tiny-distilled-seed1"]["parameters"]
+    assert [path.name.split("-")[0] for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["teacher"]
+    check_picture(tmp_path / "output" / "studies_distillation.png")
+
+
 # --- without a backend ----------------------------------------------------------------------------------------------------
 
 
