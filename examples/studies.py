@@ -120,10 +120,10 @@ def compare(args: argparse.Namespace, name: str) -> None:
 
 
 def rate(args: argparse.Namespace, name: str) -> None:
-    """Four fifths of the steps at several learning rates, one seed, judged on the dev documents."""
+    """A quarter more steps than the others have, at several learning rates, one seed, judged on the dev documents."""
     results = {}
     for value in RATES:
-        recipe = dataclasses.replace(args.recipe, steps=max(1, 4 * args.recipe.steps // 5), learning_rate=value)
+        recipe = dataclasses.replace(args.recipe, steps=5 * args.recipe.steps // 4, learning_rate=value)
         data = runs.load_data(recipe, args.corpus, args.cache)
         arm = Arm("", f"medium-rate{value:g}", MEDIUM)
         results[value] = trained(args, data, arm, args.seeds[0], recipe, part="dev")

@@ -28,7 +28,7 @@ TOP_K = 64  # of the teacher's probabilities, a token
 class Recipe:
     """What all runs of a study have in common."""
 
-    steps: int = 400
+    steps: int = 256
     batch_size: int = 16  # rows
     context: int = 128  # tokens a row
     learning_rate: float = 1.6e-2  # the peak: see the study `rate`
