@@ -14,18 +14,21 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Chat": "keras_gemma2.generation.chat_session",
     "CheckpointError": "keras_gemma2.errors",
+    "Distiller": "keras_gemma2.training.distiller",
     "Gemma2Backbone": "keras_gemma2.backbone",
     "Gemma2CausalLM": "keras_gemma2.causal_lm",
     "Gemma2CausalLMPreprocessor": "keras_gemma2.preprocessor",
     "Gemma2Config": "keras_gemma2.config",
     "Gemma2Tokenizer": "keras_gemma2.tokenizer",
     "Sampler": "keras_gemma2.generation.sampler",
+    "TeacherRecords": "keras_gemma2.training.teacher_records",
     "chat_token_ids": "keras_gemma2.chat",
     "convert": "keras_gemma2.presets.convert",
     "layers": None,
     "pack_samples": "keras_gemma2.training.packed",
     "preset_names": "keras_gemma2.presets.registry",
     "read_jsonl": "keras_gemma2.training.jsonl",
+    "record_teacher": "keras_gemma2.training.recording",
     "verify": "keras_gemma2.presets.verify",
 }
 

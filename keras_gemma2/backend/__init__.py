@@ -27,7 +27,9 @@ FUNCTIONS = (
     "compile_function",
     "repeated",
     "no_gradients",
+    "label_terms",
     "sums_in_chunks",
+    "frozen_sums_in_chunks",
     "with_gradient",
     "add_block",
     "CompilesSteps",
@@ -59,7 +61,9 @@ is_concrete = _module.is_concrete
 compile_function = _module.compile_function
 repeated = _module.repeated
 no_gradients = _module.no_gradients
+label_terms = _module.label_terms
 sums_in_chunks = _module.sums_in_chunks
+frozen_sums_in_chunks = _module.frozen_sums_in_chunks
 with_gradient = _module.with_gradient
 add_block = _module.add_block
 CompilesSteps = _module.CompilesSteps

@@ -13,9 +13,11 @@ import keras
 import numpy as np
 
 from keras_gemma2.backend import jax_quantized, jax_words
+from keras_gemma2.backend.jax_frozen_loss import frozen_sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_recompute import recomputed  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.jax_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
+from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.memory import gather_rows, untouched
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_gemma2.backend import tensorflow_blocks, tensorflow_quantized, tensorflow_words
+from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.memory import gather_rows, untouched
 from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
+from keras_gemma2.backend.tensorflow_frozen_loss import frozen_sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.tensorflow_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.tensorflow_recompute import recomputed  # noqa: F401 - one of the names of a backend
 

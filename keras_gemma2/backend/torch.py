@@ -16,7 +16,8 @@ from keras.src.backend.torch.core import get_device, to_torch_dtype
 from keras_gemma2.backend import torch_packed, torch_products, torch_quantized, torch_tapes
 from keras_gemma2.backend.memory import gather_rows
 from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
-from keras_gemma2.backend.torch_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
+from keras_gemma2.backend.torch_frozen_loss import frozen_sums_in_chunks  # noqa: F401 - one of the functions of a backend
+from keras_gemma2.backend.torch_loss import label_terms, sums_in_chunks  # noqa: F401 - two of the functions of a backend
 from keras_gemma2.backend.torch_recompute import recomputed  # noqa: F401 - one of the names of a backend
 
 

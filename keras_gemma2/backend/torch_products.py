@@ -58,6 +58,13 @@ def float32_product(rows: torch.Tensor, kernel: torch.Tensor, recorded: bool = F
     return torch.nn.functional.linear(rows, kernel)
 
 
+def onednn_product(rows: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """`rows [n, in]` times `kernel [out, in]` transposed, both float32; oneDNN's on CPUs, and not recorded by autograd there."""
+    if rows.device.type == "cpu" and _has_onednn():
+        return torch.ops.mkldnn._linear_pointwise(rows, kernel, None, "none", [], "")
+    return torch.nn.functional.linear(rows, kernel)
+
+
 def row_blocks(rows: int, width: int) -> Iterator[slice]:
     """Slices of the rows of a matrix, each of a size that stays in cache in float32."""
     step = max(1, ELEMENTS_A_BLOCK // max(width, 1))

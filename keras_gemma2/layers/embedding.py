@@ -90,6 +90,12 @@ class TiedEmbedding(MatrixLayer):
         # The product accumulates and stays in float32: a cap of 30 in bfloat16 leaves steps of 1/8 near the top.
         return self.product(ops.cast(hidden, self.compute_dtype), float32_output=True)
 
+    @property
+    def frozen_float32_table(self) -> Any:
+        """The variable `[V, D]` where logits are its plain product in float32, and it is not trained; else None."""
+        is_plain = self.quantization_mode is None and self.compute_dtype == self.variable_dtype == "float32"
+        return None if not is_plain or self.embeddings.trainable else self.embeddings
+
     def compute_output_spec(self, inputs: Any, reverse: bool = False) -> keras.KerasTensor:
         if reverse:
             return keras.KerasTensor((*inputs.shape[:-1], self.vocabulary_size), "float32")

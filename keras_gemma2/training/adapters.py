@@ -99,12 +99,16 @@ class TrainsAdapters(HasAdapters):
         return super().make_predict_function(force)
 
     def _renew_optimizer(self) -> None:
-        """Puts a fresh optimizer of the same settings in place of one that was built with other variables."""
-        optimizer = self.optimizer
-        if not self.compiled or not getattr(optimizer, "built", False):
-            return
-        known = getattr(optimizer, "inner_optimizer", optimizer)._trainable_variables
-        if [id(variable) for variable in known] != [id(variable) for variable in self.trainable_variables]:
-            # What else `compile` was given stays as it is: a loss that is a function cannot be made anew from a config.
-            self.optimizer = type(optimizer).from_config(optimizer.get_config())
-            self.optimizer.build(self.trainable_variables)
+        renew_optimizer(self)
+
+
+def renew_optimizer(model: Any) -> None:
+    """Puts a fresh optimizer of the same settings in place of one that was built with other variables."""
+    optimizer = model.optimizer
+    if not model.compiled or not getattr(optimizer, "built", False):
+        return
+    known = getattr(optimizer, "inner_optimizer", optimizer)._trainable_variables
+    if [id(variable) for variable in known] != [id(variable) for variable in model.trainable_variables]:
+        # What else `compile` was given stays as it is: a loss that is a function cannot be made anew from a config.
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+        model.optimizer.build(model.trainable_variables)

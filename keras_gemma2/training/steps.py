@@ -72,18 +72,26 @@ class TrainsInChunks(backend.CompilesSteps):
             _TARGETS.reset(token)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Logits; within a training or evaluation step the sums of `next_token_sums`."""
+        """Logits; within a training or evaluation step the sums of `_token_sums`."""
+        sums = self._sums_of_step(inputs, bool(training))
+        return super().call(inputs, training=training, mask=mask) if sums is None else sums
+
+    def _sums_of_step(self, inputs: Any, training: bool) -> dict[str, Any] | None:
+        """Sums of the step under way; None outside of one, or where it works on logits."""
         targets = _TARGETS.get()
         if targets is None or targets[0] is not self:
-            return super().call(inputs, training=training, mask=mask)
+            return None
         _, labels, weights = targets
         token = _TARGETS.set(None)
         try:
-            hidden = self.backbone(inputs, training=training)
-            weights = _weights(labels, weights)
-            return next_token_sums(self.backbone.token_embedding, hidden, labels, weights, bool(training))
+            return self._token_sums(inputs, labels, _weights(labels, weights), training)
         finally:
             _TARGETS.reset(token)
+
+    def _token_sums(self, inputs: Any, labels: Any, weights: Any, training: bool) -> dict[str, Any]:
+        """Sums over tokens, as `next_token_sums` gives them: "loss", which is trained on, and those of the metrics."""
+        hidden = self.backbone(inputs, training=training)
+        return next_token_sums(self.backbone.token_embedding, hidden, labels, weights, training)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -112,7 +120,7 @@ class _Total(keras.losses.Loss):
 
 
 def _reduced(sums: dict[str, Any], labels: Any, reduction: str) -> Any:
-    loss = sums["nll"]
+    loss = sums["loss"]
     if reduction == "mean_with_sample_weight":
         loss = ops.divide_no_nan(loss, sums["weight"])
     elif reduction == "sum":
@@ -124,7 +132,7 @@ def _reduced(sums: dict[str, Any], labels: Any, reduction: str) -> Any:
 
 
 def _is_sums(y_pred: Any) -> bool:
-    return isinstance(y_pred, dict) and "nll" in y_pred
+    return isinstance(y_pred, dict) and "nll" in y_pred and "loss" in y_pred
 
 
 def _is_cross_entropy(loss: Any) -> bool:
