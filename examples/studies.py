@@ -162,7 +162,7 @@ def distillation(args: argparse.Namespace, name: str) -> None:
     results = []
     for seed in args.seeds:
         scratch = [trained(args, data, arm, seed, recipe) for arm in STUDENTS]
-        results.append(list(zip(scratch, [distilled(args, data, arm, seed, teacher) for arm in STUDENTS])))
+        results.append(list(zip(scratch, [distilled(args, data, arm, seed) for arm in STUDENTS])))
     pairs = []
     for arm, column in zip(STUDENTS, zip(*results)):
         labels = (f"{arm.label}, from scratch", f"{arm.label}, distilled")
@@ -173,22 +173,18 @@ def distillation(args: argparse.Namespace, name: str) -> None:
     report.write(args.output, name, section, report.distillation_plot(title, pairs, figures))
 
 
-def distilled(args: argparse.Namespace, data: runs.Data, arm: Arm, seed: int, teacher: Any) -> dict[str, Any]:
+def distilled(args: argparse.Namespace, data: runs.Data, arm: Arm, seed: int) -> dict[str, Any]:
     """The result of one distillation, made now or kept from before."""
     recipe = args.recipe
     settings = {"objective": "distilled", "teacher": runs.PRESET, "top_k": runs.TOP_K, "config": arm.config}
     settings |= {**dataclasses.asdict(recipe), "seed": seed, "part": "test", "data": data.digest}
-
     folder = args.runs / f"teacher-{data.digest}"
-
-    def record() -> None:
-        keras_gemma2.record_teacher(teacher, data.inputs, folder, top_k=runs.TOP_K, batch_size=runs.EVALUATION_ROWS)
 
     def make() -> dict[str, Any]:
         lm = runs.distill(arm.config, recipe, seed, folder)
         return {"parameters": lm.count_params(), **runs.held_out(lm, data, "test", recipe.context)}
 
-    return runs.run_once(args.runs, f"{arm.name}-distilled-seed{seed}", settings, make, prepare=record)
+    return runs.run_once(args.runs, f"{arm.name}-distilled-seed{seed}", settings, make, prepare=lambda: runs.record(data, folder))
 
 
 STUDIES: dict[str, Callable[[argparse.Namespace, str], None]] = {

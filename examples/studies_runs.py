@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 import keras_gemma2
 
+Batch = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]  # inputs, targets, weights
 PRESET = "gemma2_mini_en"
 EVALUATION_ROWS = 32  # a batch
 TOP_K = 64  # of the teacher's probabilities, a token
@@ -60,12 +61,17 @@ class Data:
     digest: str
     held_out_digest: str
 
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        """The rows as a model takes them: `{"token_ids", "padding_mask"}` of `[R, T]`."""
-        token_ids = self.rows[:, :-1].copy()
-        token_ids[:, 0] = mini_corpus.BOS
-        return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    def batches(
+        self, batch_size: int, order: np.ndarray | None = None
+    ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
+        """The rows as `fit` takes them: inputs, targets and their weights, each `[batch_size, T]`."""
+        order = np.arange(len(self.rows)) if order is None else order
+        for start in range(0, len(order), batch_size):
+            rows = self.rows[order[start : start + batch_size]]
+            token_ids, targets = rows[:, :-1].copy(), rows[:, 1:]
+            token_ids[:, 0] = mini_corpus.BOS
+            weights = (targets != mini_corpus.BOS).astype("float32")  # nothing has to learn that a document follows another one
+            yield {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}, targets, weights
 
 
 def load_data(recipe: Recipe, corpus: Path | None, cache: Path) -> Data:
@@ -115,15 +121,20 @@ def train(config: dict[str, Any], recipe: Recipe, data: Data, seed: int) -> kera
     lm = build(config, recipe)
     lm.compile(optimizer=build_optimizer(recipe, lm.trainable_variables))
     order = np.random.default_rng(seed).permutation(len(data.rows))
-    targets = data.rows[order, 1:]
-    weights = (targets != mini_corpus.BOS).astype("float32")  # nothing has to learn that a document follows another one
-    x = {name: values[order] for name, values in data.inputs.items()}
-    lm.fit(x, targets, batch_size=recipe.batch_size, sample_weight=weights, shuffle=False, verbose=0)
+    lm.fit(data.batches(recipe.batch_size, order), steps_per_epoch=recipe.steps, verbose=0)
     return lm
 
 
+def record(data: Data, folder: Path) -> None:
+    """Writes what the embedded preset expects of each token of the rows, or what of it is missing."""
+    teacher = keras_gemma2.Gemma2CausalLM.from_preset(PRESET)
+    keras_gemma2.record_teacher(
+        teacher, data.batches(EVALUATION_ROWS), folder, top_k=TOP_K, batch_size=EVALUATION_ROWS, verbose=False
+    )
+
+
 def distill(config: dict[str, Any], recipe: Recipe, seed: int, folder: Path) -> keras_gemma2.Gemma2CausalLM:
-    """A model trained on the same rows by what the teacher, whose probabilities lie in `folder`, expects of each token."""
+    """A model trained on the same rows by what `record` has written of them. The seed draws weights and order here, too."""
     keras.utils.set_random_seed(seed)
     lm = build(config, recipe)
     distiller = keras_gemma2.Distiller(lm, folder, temperature=1.0, alpha=1.0)
