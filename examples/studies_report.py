@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +113,8 @@ def settings(recipe: Recipe, seeds: Sequence[int], results: Sequence[Result]) ->
         f"The same for all arms: {recipe.steps:,} steps of {recipe.batch_size} rows of {recipe.context} tokens ({recipe.tokens:,} "
         f"tokens, each row seen once), AdamW at {recipe.learning_rate:g} with warm-up and cosine decay, weight decay "
         f"{recipe.weight_decay:g}, clipping at {recipe.clipnorm:g}; seeds {', '.join(map(str, seeds))} draw the weights and the "
-        f"order of the rows. Mean ± standard deviation over the seeds. {machine(results)}"
+        f"order of the rows. The learning rate was chosen with the medium model (study `rate`), not for each arm. "
+        f"Mean ± standard deviation over the seeds. {machine(results)}"
     )
 
 
@@ -126,8 +128,13 @@ def machine(results: Sequence[Result]) -> str:
 
 def section(name: str, title: str, *paragraphs: str) -> str:
     """A study's part of README.md: heading, command, plot and what else there is to say."""
-    command = f"`python examples/studies.py {name}`"
-    return "\n\n".join([f"### {title}", command, *paragraphs, f"![{title}](studies_{name}.png)"])
+    text = [part if part.startswith("|") else wrapped(part) for part in paragraphs]
+    return "\n\n".join([f"### {title}", f"`python examples/studies.py {name}`", *text, f"![{title}](studies_{name}.png)"])
+
+
+def wrapped(paragraph: str) -> str:
+    """Lines as long as those of this repository's other files."""
+    return textwrap.fill(paragraph, 132, break_long_words=False, break_on_hyphens=False)
 
 
 def comparison_section(
@@ -199,7 +206,8 @@ def window_section(results: dict[int, Result], trained: int, context: int) -> st
         side = "**for**" if rise < FLAT else "**against**"
         seen += (
             f" At a quarter, {trained // 4}, its perplexity changes by {rise:+.2%} "
-            f"(the report's: {REPORTED[-1] / REPORTED[0] - 1:+.2%}): {side} the report. "
+            f"(the report's, of rounded figures: {REPORTED[-1] / REPORTED[0] - 1:+.2%}): {side} the report, if less than "
+            f"{FLAT:.0%} is called flat. "
             f"It stays within {FLAT:.0%} down to a window of {min(size for size in shares if shares[size] - 1 < FLAT)}."
         )
     seen += f" Global layers see all tokens of a row of {context} in every case."
