@@ -159,12 +159,12 @@ def distillation(args: argparse.Namespace, name: str) -> None:
     data = runs.load_data(recipe, args.corpus, args.cache)
     teacher = keras_gemma2.Gemma2CausalLM.from_preset(runs.PRESET)
     figures = embedded(args, data, teacher, teacher.backbone.config.sliding_window_size, recipe.context)
-    results = []
+    students, results = [arm for arm in STUDENTS if arm.name in args.sizes], []
     for seed in args.seeds:
-        scratch = [trained(args, data, arm, seed, recipe) for arm in STUDENTS]
-        results.append(list(zip(scratch, [distilled(args, data, arm, seed) for arm in STUDENTS])))
+        scratch = [trained(args, data, arm, seed, recipe) for arm in students]
+        results.append(list(zip(scratch, [distilled(args, data, arm, seed) for arm in students])))
     pairs = []
-    for arm, column in zip(STUDENTS, zip(*results)):
+    for arm, column in zip(students, zip(*results)):
         labels = (f"{arm.label}, from scratch", f"{arm.label}, distilled")
         pairs.append(tuple(report.ArmResult(label, arm.config, half) for label, half in zip(labels, zip(*column))))
     title = "Distilled against from-scratch students, at equal tokens"
@@ -206,6 +206,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("study", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     add("--output", type=Path, default=Path("studies"), help="folder of README.md and plots (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    sizes = [arm.name for arm in STUDENTS]
+    add("--sizes", nargs="+", choices=sizes, default=sizes, help="of the students of `distillation` (default: all)")
     add("--steps", type=int, default=recipe.steps, help="training steps a run (default: %(default)s)")
     add("--batch-size", type=int, default=recipe.batch_size, help="rows a step (default: %(default)s)")
     add("--context", type=int, default=recipe.context, help="tokens a row (default: %(default)s)")
