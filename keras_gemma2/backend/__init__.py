@@ -35,6 +35,7 @@ FUNCTIONS = (
     "add_block",
     "CompilesSteps",
     "recomputed",
+    "gated_gelu",
 )
 
 if keras.backend.backend() not in SUPPORTED:
@@ -70,3 +71,4 @@ with_gradient = _module.with_gradient
 add_block = _module.add_block
 CompilesSteps = _module.CompilesSteps
 recomputed = _module.recomputed
+gated_gelu = _module.gated_gelu

@@ -14,6 +14,7 @@ import numpy as np
 
 from keras_gemma2.backend import jax_quantized, jax_words
 from keras_gemma2.backend.jax_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
+from keras_gemma2.backend.jax_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_recompute import recomputed  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.jax_steps import CompilesSteps  # noqa: F401 - one of the names of a backend

@@ -15,6 +15,7 @@ from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of t
 from keras_gemma2.backend.memory import gather_rows, untouched
 from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.tensorflow_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
+from keras_gemma2.backend.tensorflow_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.tensorflow_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.tensorflow_recompute import recomputed  # noqa: F401 - one of the names of a backend
 

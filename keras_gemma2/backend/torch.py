@@ -17,6 +17,7 @@ from keras_gemma2.backend import torch_packed, torch_products, torch_quantized, 
 from keras_gemma2.backend.memory import gather_rows
 from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.torch_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
+from keras_gemma2.backend.torch_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.torch_loss import label_terms, sums_in_chunks  # noqa: F401 - two of the functions of a backend
 from keras_gemma2.backend.torch_recompute import recomputed  # noqa: F401 - one of the names of a backend
 

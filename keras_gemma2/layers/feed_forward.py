@@ -43,15 +43,12 @@ class FeedForward(QuantizableContainer, keras.layers.Layer):
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         gate, up = self.gate(inputs), self.up(inputs)
-        # The widest arrays of a block: computed again in the backward pass, gate and up alone are kept until then.
-        return self.down(backend.recomputed(_gated, [], gate, up) if training else _gated(gate, up))
+        if training and keras.backend.standardize_dtype(gate.dtype) != "float16":
+            return self.down(backend.gated_gelu(gate, up))  # the widest arrays of a block: gate and up alone are kept
+        return self.down(saturate(ops.gelu(gate, approximate=True) * up))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "intermediate_dim": self.intermediate_dim}
-
-
-def _gated(gate: Any, up: Any) -> Any:
-    return saturate(ops.gelu(gate, approximate=True) * up)
