@@ -78,7 +78,8 @@ COMPARISONS = {
         "Deep against wide, at equal parameters",
         (Arm("wide, 2 layers of 144", "wide", WIDE), Arm("deep, 6 layers of 96", "medium", MEDIUM)),
         "better",
-        "The report's 9B has 50.8 wide and 52.0 deep (mean of four benchmarks, more is better).",
+        "The report's 9B has 50.8 wide and 52.0 deep (mean of four benchmarks, more is better). Parameters are counted here with "
+        "the embedding, of which a wide model has more and a deep one less.",
     ),
     "caps": Comparison(
         "Soft caps off and on",

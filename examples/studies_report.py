@@ -248,7 +248,9 @@ def comparison_plot(title: str, arms: Sequence[ArmResult]) -> bytes:
         axes.set(title=title, ylabel="held-out perplexity per token", xlim=(-0.5, len(arms) - 0.3))
         axes.set_xticks(range(len(arms)), [arm.label for arm in arms])
         axes.margins(y=0.25)
-        axes.legend(["each seed", "mean ± standard deviation"])
+        axes.plot([], [], "o", color="black", alpha=0.6, label="each seed")
+        axes.plot([], [], "D", color="black", label="mean ± standard deviation")
+        axes.legend()
 
     return png(draw)
 

@@ -121,7 +121,7 @@ def train(config: dict[str, Any], recipe: Recipe, data: Data, seed: int) -> kera
     lm = build(config, recipe)
     lm.compile(optimizer=build_optimizer(recipe, lm.trainable_variables))
     order = np.random.default_rng(seed).permutation(len(data.rows))
-    lm.fit(data.batches(recipe.batch_size, order), steps_per_epoch=recipe.steps, verbose=0)
+    lm.fit(data.batches(recipe.batch_size, order), steps_per_epoch=recipe.steps, shuffle=False, verbose=0)
     return lm
 
 
