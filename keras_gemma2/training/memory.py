@@ -20,7 +20,7 @@ from keras_gemma2.layers.quantization import float_policy
 from keras_gemma2.layers.trained_attention import BLOCK
 from keras_gemma2.lora import LoraSettings, projection_shapes
 from keras_gemma2.quantization import quantized_bytes
-from keras_gemma2.training.cross_entropy import rows_a_chunk
+from keras_gemma2.training.cross_entropy import rows_a_chunk, rows_over_frozen_table
 
 ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "uint32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 # Variables of a weight's shape that an optimizer keeps, by the name of its class (keras/src/optimizers).
@@ -40,8 +40,11 @@ SLOTS = {
 # Arrays [rows, V] in float32 that are in memory at once while a chunk of the loss is computed: in PyTorch the logits, which are
 # overwritten, and their gradient; compiled, also the exponentials and what the product with the table reads.
 LOGITS_AT_ONCE = {"jax": 4, "tensorflow": 4, "torch": 2}
-# Arrays [B, T, F] that are in memory at once in the backward pass of a feed-forward, beside its gate and up.
-GATES_AT_ONCE = {"jax": 4, "tensorflow": 5, "torch": 4}
+# The same where the table is frozen and in float32 (`backend/*_frozen_loss.py`): beside the logits, tiles of them.
+FROZEN_LOGITS_AT_ONCE = {"jax": 2, "tensorflow": 1.2, "torch": 1.2}
+# Arrays [B, T, F] that are in memory at once in the backward pass of a feed-forward, beside its gate and up: the gradients of the
+# product and of both.
+GATES_AT_ONCE = {"jax": 3, "tensorflow": 3, "torch": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,7 @@ def plan_memory(
         optimizer=optimizer,
         backend=backend,
         title=title,
+        table_dtype=mode or floats.variable_dtype,
     )
 
 
@@ -185,6 +189,7 @@ def report_of(lm: Any, batch: int, length: int) -> MemoryReport:
         optimizer=lm.optimizer,
         backend=None,
         title=f"{batch} x {length} tokens, {backbone.dtype_policy.name}" + (f", LoRA {active!r}" if active else ""),
+        table_dtype=backbone.token_embedding.embeddings.dtype,
         trains_embedding=trains_embedding,
     )
 
@@ -202,6 +207,7 @@ def _report(
     optimizer: Any,
     backend: str | None,
     title: str,
+    table_dtype: str,
     trains_embedding: bool | None = None,
 ) -> MemoryReport:
     _check("batch", batch)
@@ -225,7 +231,7 @@ def _report(
         gradients=gradients,
         optimizer=_optimizer_bytes(optimizer, trained),
         activations=kept,
-        loss=step.loss(trains_embedding),
+        loss=step.loss(trains_embedding, table_dtype),
         backward=again + step.backward_of_block(),
         title=title,
     )
@@ -281,10 +287,14 @@ class _Step:
         """The final norm's input and output, and the gradient of the hidden states that the loss gives."""
         return self.tokens * self.config.hidden_dim * (4 + self.item + 4)
 
-    def loss(self, trains_embedding: bool) -> int:
+    def loss(self, trains_embedding: bool, table_dtype: str) -> int:
         """A chunk of the loss, as `training/cross_entropy.py` cuts it."""
-        rows = min(rows_a_chunk(self.config.vocabulary_size), self.tokens)
-        chunk = 4 * rows * self.config.vocabulary_size * LOGITS_AT_ONCE[self.backend]
+        if table_dtype == "float32" and self.item == 4 and not trains_embedding:
+            rows = rows_over_frozen_table(self.tokens, self.config.hidden_dim, self.config.vocabulary_size)
+            at_once = FROZEN_LOGITS_AT_ONCE[self.backend]
+        else:
+            rows, at_once = rows_a_chunk(self.config.vocabulary_size), LOGITS_AT_ONCE[self.backend]
+        chunk = int(4 * min(rows, self.tokens) * self.config.vocabulary_size * at_once)
         # The gradient of the table from one chunk, beside the sum of those before.
         return chunk + (4 * self.config.vocabulary_size * self.config.hidden_dim if trains_embedding else 0)
 
