@@ -29,11 +29,10 @@ class _GatedGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        width = upstream.shape[-1]
+        shape, width = upstream.shape, upstream.shape[-1]
         gate, up, upstream = (tensor.reshape(-1, width) for tensor in (*ctx.saved_tensors, upstream))
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
         for rows in row_blocks(len(gate), width):
             torch.mul(upstream[rows], torch.nn.functional.gelu(gate[rows], approximate="tanh"), out=to_up[rows])
             to_gate[rows] = torch.ops.aten.gelu_backward(upstream[rows] * up[rows], gate[rows], approximate="tanh")
-        shape = ctx.saved_tensors[0].shape
         return to_gate.reshape(shape), to_up.reshape(shape)
