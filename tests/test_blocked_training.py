@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_gemma2 import Gemma2Backbone
+from keras_gemma2 import Gemma2Backbone, backend
 from keras_gemma2.layers import TokenPositions, VisibleKeys, token_positions
 from keras_gemma2.layers.trained_attention import attend_in_blocks
 
@@ -184,3 +184,20 @@ def test_configs():
     ]
     assert layers[1].sliding_window_size == 3
     assert layers[0].dtype_policy.name == layers[1].dtype_policy.name == "mixed_bfloat16"
+
+
+def test_gated_gelu(monkeypatch):
+    """Values and gradients in float64; on PyTorch the rows of the gradient are cut to several blocks, the last not full."""
+    if keras.backend.backend() == "torch":
+        from keras_gemma2.backend import torch_products
+
+        monkeypatch.setattr(torch_products, "ELEMENTS_A_BLOCK", 4 * 6)
+    rng = np.random.default_rng(4)
+    gate, up, upstream = rng.normal(0, 2, (3, 2, 5, 6))
+    found = differentiated(backend.gated_gelu, (gate, up), upstream)
+    c, cubic = np.sqrt(2 / np.pi), 0.044715
+    t = np.tanh(c * (gate + cubic * gate**3))
+    gelu = 0.5 * gate * (1 + t)
+    slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t**2) * c * (1 + 3 * cubic * gate**2)
+    for one, wanted in zip(found, (gelu * up, upstream * up * slope, upstream * gelu), strict=True):
+        np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-5)  # float32 of numbers up to 10
