@@ -209,11 +209,19 @@ def stored_rows(path: str) -> dict[str, np.ndarray]:
 def rows_in_shards(batches: Iterator[dict[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of rows cut and joined to pieces of so many rows; the last may be smaller."""
     held: list[dict[str, np.ndarray]] = []
+    room = rows
     for batch in batches:
-        held.append(batch)
-        while sum(len(piece["labels"]) for piece in held) >= rows:
-            joined = {name: np.concatenate([piece[name] for piece in held]) for name in _PER_ROW}
-            yield {name: array[:rows] for name, array in joined.items()}
-            held = [{name: array[rows:] for name, array in joined.items()}]
-    if held and len(joined := np.concatenate([piece["labels"] for piece in held])):
-        yield {name: np.concatenate([piece[name] for piece in held]) if name != "labels" else joined for name in _PER_ROW}
+        start = 0
+        while start < len(batch["labels"]):
+            held.append({name: batch[name][start : start + room] for name in _PER_ROW})
+            taken = len(held[-1]["labels"])
+            start, room = start + taken, room - taken
+            if room == 0:
+                yield _joined(held)
+                held, room = [], rows
+    if held:
+        yield _joined(held)
+
+
+def _joined(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in _PER_ROW}
