@@ -101,8 +101,14 @@ def test_an_interrupt_waits_for_the_piece_and_a_second_one_does_not(terminal, ca
         def _pieces(self, text):
             for word in text.split():
                 for _ in range(word.count("!")):
+                    held = signal.getsignal(signal.SIGINT)
                     signal.raise_signal(signal.SIGINT)
-                    time.sleep(0.01)  # Python runs a handler between two instructions, and one for signals that came together
+                    # Python runs a handler when it comes to it, and one for signals that came together: so each is waited for, which
+                    # shows by the next one's being set (the first) or by what it raises (the second).
+                    for _ in range(1000):
+                        if signal.getsignal(signal.SIGINT) is not held:
+                            break
+                        time.sleep(0.01)
                 yield word
 
     handler = signal.getsignal(signal.SIGINT)

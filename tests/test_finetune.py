@@ -13,6 +13,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import TINY
 
 import keras_gemma2
@@ -81,8 +82,21 @@ def log_of(output):
     return (Path(output) / "log.csv").read_text()
 
 
-def adapter_of(output):
-    return (Path(output) / "adapter_model.safetensors").read_bytes()
+def assert_same_run(one, other):
+    """The same steps of the same texts, with the same losses and the same adapter at the end.
+
+    Not bit for bit: the libraries under the backends share a product out among threads as these are free, which adds its terms in
+    another order, 1e-7 of it. A step that was left out, made twice, or made of other texts or another dropout mask shows in the
+    losses at 1e-2 and more, and Adam moves each weight by some 0.01 a step.
+    """
+    rows = [[line.split(",") for line in log_of(output).splitlines()] for output in (one, other)]
+    assert [[*row[:2], row[3], bool(row[4])] for row in rows[0]] == [[*row[:2], row[3], bool(row[4])] for row in rows[1]]
+    losses = [[float(cell or "nan") for row in table[1:] for cell in (row[2], row[4])] for table in rows]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    adapters = [safetensors.numpy.load_file(Path(output) / "adapter_model.safetensors") for output in (one, other)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, array in adapters[0].items():
+        np.testing.assert_allclose(array, adapters[1][name], atol=1e-3, err_msg=name)
 
 
 # What it writes ---------------------------------------------------------------------------------------------------------
@@ -94,7 +108,7 @@ def test_the_command_writes_an_adapter_that_gives_the_loss_it_printed(preset, da
     printed = capsys.readouterr().out
     before, after = map(float, re.search(r"held-out loss ([\d.]+) -> ([\d.]+), in 6 steps\n", printed).groups())
     assert after < before and printed.endswith(f"adapter in {output}\n")
-    assert log_of(output) == log_of(uninterrupted[0]) and adapter_of(output) == adapter_of(uninterrupted[0]), "repeatable"
+    assert_same_run(output, uninterrupted[0])
 
     rows = [line.split(",") for line in log_of(output).splitlines()]
     assert rows[0] == ["step", "epoch", "loss", "tokens", "validation_loss"]
@@ -173,7 +187,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(preset, data, tmp_pa
 
     result = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *arguments], capture_output=True, text=True)
     if result.returncode == 0:  # the first process was quick: it had ended but for its last checkpoint
-        assert log_of(output) == log_of(uninterrupted[0])
+        assert_same_run(output, uninterrupted[0])
     else:
         assert result.returncode == -signal.SIGKILL, result.stderr
         assert [name for name in os.listdir(output) if name.startswith(".checkpoint.saving-")], "what was half written is beside"
@@ -181,9 +195,9 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(preset, data, tmp_pa
     with open(output / "log.csv", "a") as file:  # a row of a step that was never saved, half of it
         file.write("6,2,9.7")
 
-    assert run(preset, data, output) == type(uninterrupted[1])(str(output), *list(vars(uninterrupted[1]).values())[1:])
-    assert log_of(output) == log_of(uninterrupted[0])
-    assert adapter_of(output) == adapter_of(uninterrupted[0])
+    result = run(preset, data, output)
+    assert result.steps == uninterrupted[1].steps and result.after == pytest.approx(uninterrupted[1].after, rel=1e-3)
+    assert_same_run(output, uninterrupted[0])
     assert not [name for name in os.listdir(output) if "saving" in name]
 
 
@@ -232,7 +246,7 @@ def test_qlora_goes_on_too(others, preset, data, tmp_path, stopped_after):
         run(preset, data, parts, **others)
     go_on()
     run(preset, data, parts, **others)
-    assert log_of(parts) == log_of(whole) and adapter_of(parts) == adapter_of(whole)
+    assert_same_run(parts, whole)
 
 
 def test_accumulated_steps_equal_a_larger_batch(preset, tmp_path):

@@ -73,3 +73,26 @@ def test_several_steps_a_call():
         found.append(values(lm.trainable_weights))
         assert lm.predict(data(rows=6), batch_size=2, verbose=0).shape == (6, 7, 97)
     assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("good", [0, 2])
+@pytest.mark.parametrize("step", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_model_keeps_its_weights_when_batches_break_off(step, error, good):
+    if error is KeyboardInterrupt and keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow runs generators in threads of its own, where no Ctrl-C comes")
+    lm = model()
+    before = values(lm.weights)
+
+    def batches():
+        for _ in range(good):
+            yield data()
+        raise error("broken off")
+
+    with pytest.raises((error, Exception), match="broken off"):  # TensorFlow's own kind of exception tells of it
+        getattr(lm, step)(batches(), verbose=0)
+    after = values(lm.weights)
+    assert all(a.shape == b.shape for a, b in zip(before, after))
+    moved = not all(np.array_equal(a, b) for a, b in zip(before, after))
+    assert moved == (step == "fit" and good > 0)
+    lm.evaluate(data(), verbose=0)

@@ -7,7 +7,8 @@ twice. Here a step is given the variables that it changes, which are donated, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,6 +49,25 @@ class CompilesSteps:
             step = self._compiled("predict", self._predict_step_with_state)
             self.predict_function = self._make_function(step, concatenate_outputs=True)
         return self.predict_function
+
+    def _get_jax_state(self, *, purge_model_variables: bool = False, **parts: bool) -> tuple:
+        state = super()._get_jax_state(purge_model_variables=purge_model_variables, **parts)
+        if purge_model_variables:  # from which `jax_state_sync` gives variables their values back, should the first step fail
+            self._jax_state = dict(zip([name for name, wanted in parts.items() if wanted], state, strict=True))
+        return state
+
+    @contextlib.contextmanager
+    def keeping_values(self) -> Iterator[None]:
+        """A context in which an exception, Ctrl-C too, leaves variables with the values that they had after the last step.
+
+        Keras takes variables their values away while it evaluates and predicts, and puts them back at the end alone; a step that
+        fails, or a batch that cannot be read, leaves a model without weights.
+        """
+        try:
+            yield
+        except BaseException:
+            self.jax_state_sync()
+            raise
 
     @property
     def _compiles(self) -> bool:

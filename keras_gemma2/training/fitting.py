@@ -60,7 +60,8 @@ class FitsText:
             kwargs["validation_data"] = validation.read_validation(kwargs["validation_data"])
         guard = StopOnNaN() if stop_on_nan is True else stop_on_nan or None
         kwargs["callbacks"] = with_callbacks(kwargs.get("callbacks"), SaysWhatWasCut(data, validation), guard)
-        with validation.telling(), data.telling(), guard.restoring() if guard else contextlib.nullcontext():
+        restoring = guard.restoring() if guard else contextlib.nullcontext()
+        with validation.telling(), data.telling(), restoring, self.keeping_values():
             return keras.Model.fit(self, x, y, batch_size=batch_size, sample_weight=sample_weight, **kwargs)
 
     def evaluate(
@@ -79,14 +80,14 @@ class FitsText:
             return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **arguments)
         data = self._data(pack)
         x, y, sample_weight = data.read(x, y, sample_weight, batch_size)
-        with data.telling():
+        with data.telling(), self.keeping_values():
             return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **arguments)
 
     def predict(self, x: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Float32 logits `[B, T, V]`; inputs as `fit` takes them, without labels."""
         data = self._data()
         x, _, _ = data.read(x, batch_size=batch_size)
-        with data.telling():
+        with data.telling(), self.keeping_values():
             return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any) -> Any:
