@@ -103,8 +103,8 @@ def test_an_interrupt_waits_for_the_piece_and_a_second_one_does_not(terminal, ca
                 for _ in range(word.count("!")):
                     held = signal.getsignal(signal.SIGINT)
                     signal.raise_signal(signal.SIGINT)
-                    # Python runs a handler when it comes to it, and one for signals that came together: so each is waited for, which
-                    # shows by the next one's being set (the first) or by what it raises (the second).
+                    # Python runs a handler when it comes to it, and one for signals that came together: each is waited for. The
+                    # first sets another handler, the second raises.
                     for _ in range(1000):
                         if signal.getsignal(signal.SIGINT) is not held:
                             break
