@@ -171,7 +171,14 @@ def with_gradient(forward: Callable, backward: Callable, *tensors: tf.Tensor) ->
     @tf.custom_gradient
     def function(*tensors: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         value, kept = forward(*tensors)
-        return value, lambda upstream: backward(kept, upstream)
+
+        def gradient(upstream: tf.Tensor) -> tuple:
+            # What does not depend on the gradient, the rounds of a loop among it, would be computed as soon as `kept` is there, and
+            # be in memory until the gradient comes.
+            with tf.control_dependencies([upstream]):
+                return backward(kept, upstream)
+
+        return value, gradient
 
     return function(*tensors)
 
