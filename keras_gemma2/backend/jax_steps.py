@@ -92,6 +92,9 @@ class CompilesSteps:
         def run(state: tuple, data: Any) -> tuple[Any, tuple]:
             kept = self._kept(kind)  # asked each time: layers may have been frozen since
             changing, fixed = _split(state, kept)
+            # What a step gives is tied to its device, as one of its inputs may be; what is new (an optimizer's zeros, metrics that
+            # were reset) is not, and JAX would compile once more for each mixture of both.
+            changing = [[_committed(value) for value in part] for part in changing]
             result, changing = compiled(changing, fixed, data, kept)
             return result, _joined(changing, fixed, kept)
 
@@ -105,6 +108,11 @@ class CompilesSteps:
         changed = {"train": lambda: (self.optimizer.variables, self.metrics_variables), "test": lambda: (self.metrics_variables,)}
         more = changed[kind]() if kind in changed else ()
         return trainable, others, *((False,) * len(variables) for variables in more)
+
+
+def _committed(value: jax.Array) -> jax.Array:
+    """The same memory, tied to the device it is on."""
+    return value if value.committed else jax.device_put(value, value.sharding)
 
 
 def _split(state: tuple, kept: tuple[tuple[bool, ...], ...]) -> tuple[list, list]:
