@@ -8,6 +8,7 @@ twice. Here a step is given the variables that it changes, which are donated, an
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ import keras
 # What is to be computed again in the backward pass stands behind optimization barriers. XLA's CPU compiler takes them out early,
 # sees then that the same was computed before, and keeps that instead: `jax.checkpoint` saves nothing. This pass does it.
 _KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+# Left to itself XLA orders a program for CPUs so that much could run at once: the zeros that each layer's loops begin with are all
+# made at the start, and are in memory until then.
+_LITTLE_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 class CompilesSteps:
@@ -86,8 +90,7 @@ class CompilesSteps:
             result, state = step(_joined(changing, fixed, kept), data)
             return result, _split(state, kept)[0]
 
-        options = _KEEP_BARRIERS if jax.default_backend() == "cpu" else None
-        compiled = jax.jit(changing_only, donate_argnums=0, static_argnums=3, compiler_options=options)
+        compiled = jax.jit(changing_only, donate_argnums=0, static_argnums=3, compiler_options=_compiler_options())
 
         def run(state: tuple, data: Any) -> tuple[Any, tuple]:
             kept = self._kept(kind)  # asked each time: layers may have been frozen since
@@ -108,6 +111,19 @@ class CompilesSteps:
         changed = {"train": lambda: (self.optimizer.variables, self.metrics_variables), "test": lambda: (self.metrics_variables,)}
         more = changed[kind]() if kind in changed else ()
         return trainable, others, *((False,) * len(variables) for variables in more)
+
+
+@functools.cache
+def _compiler_options() -> dict[str, str] | None:
+    """For this process's devices, as far as the installed XLA knows them."""
+    if jax.default_backend() != "cpu":
+        return None
+    options = _KEEP_BARRIERS | _LITTLE_MEMORY
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # no such option
+        return _KEEP_BARRIERS
+    return options
 
 
 def _committed(value: jax.Array) -> jax.Array:
