@@ -7,6 +7,7 @@ from conftest import TINY
 from keras import ops
 
 from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2Config
+from keras_gemma2.benchmarks.processes import in_fresh_process
 from keras_gemma2.config import NAMED_SIZES
 from keras_gemma2.lora import LoraSettings
 from keras_gemma2.training.memory import ITEM_BYTES, MemoryReport, plan_memory
@@ -85,6 +86,12 @@ def test_what_follows_what():
     everything = plan_memory(config, 1, 1024)
     assert everything.gradients == everything.weights and everything.activations > plain.activations
     assert plan_memory(config, 1, 1024, dtype="bfloat16", lora=lora).activations < plain.activations
+
+
+@pytest.mark.parametrize("case", ["medium, LoRA, checkpointing", "medium, LoRA, mixed_bfloat16", "medium, all weights"])
+def test_estimates_are_within_a_quarter_of_what_a_step_holds(case):
+    found = in_fresh_process("memory", keras.backend.backend(), "--child", "--case", case)
+    assert abs(found["estimate"] - found["measured"]) < 0.25 * found["measured"], found
 
 
 def test_the_largest_model_is_planned_at_once():

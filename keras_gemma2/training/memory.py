@@ -55,9 +55,10 @@ class MemoryReport:
         weights: variables of the model, adapters included.
         gradients: of what is trained.
         optimizer: its variables.
-        activations: what is kept between the forward and the backward pass.
-        loss: in memory while a chunk of the loss and its gradient are computed, in addition to `activations`.
-        backward: in memory during the backward pass of one block, in addition to `activations`.
+        activations: what is kept between the forward and the backward pass; in mixed precision also the blocks' weights, rounded.
+        loss: in memory while a chunk of the loss and its gradient are computed, in addition to `activations`; with the embedding's
+            gradient, where that is trained.
+        backward: in memory during the backward pass of one block, in addition to `activations`; with the embedding's gradient too.
         title: what was estimated.
 
     Example:
@@ -75,8 +76,12 @@ class MemoryReport:
 
     @property
     def total(self) -> int:
-        """Bytes at the step's peak: loss and the backward pass of a block are not in memory at the same time."""
-        return self.weights + self.gradients + self.optimizer + self.activations + max(self.loss, self.backward)
+        """Bytes at the step's peak.
+
+        The loss and the backward pass of a block are not in memory at the same time, and gradients of blocks take the place of
+        what these kept.
+        """
+        return self.weights + self.optimizer + max(self.activations + max(self.loss, self.backward), self.gradients)
 
     @property
     def growth(self) -> int:
@@ -86,8 +91,8 @@ class MemoryReport:
     def __str__(self) -> str:
         rows = [
             ("weights", self.weights, ""),
-            ("gradients", self.gradients, ""),
             ("optimizer", self.optimizer, ""),
+            ("gradients", self.gradients, "in the place of activations, as blocks are done"),
             ("activations", self.activations, "kept between the passes"),
             ("loss", self.loss, "a chunk of tokens"),
             ("backward of a block", self.backward, "not at the same time as the loss"),
@@ -158,6 +163,7 @@ def plan_memory(
         backend=backend,
         title=title,
         table_dtype=mode or floats.variable_dtype,
+        weights_dtype=floats.compute_dtype if mode else floats.variable_dtype,  # codes are widened for one product at a time
     )
 
 
@@ -190,6 +196,7 @@ def report_of(lm: Any, batch: int, length: int) -> MemoryReport:
         backend=None,
         title=f"{batch} x {length} tokens, {backbone.dtype_policy.name}" + (f", LoRA {active!r}" if active else ""),
         table_dtype=backbone.token_embedding.embeddings.dtype,
+        weights_dtype=floats.compute_dtype if backbone.dtype_policy.quantization_mode else floats.variable_dtype,
         trains_embedding=trains_embedding,
     )
 
@@ -208,6 +215,7 @@ def _report(
     backend: str | None,
     title: str,
     table_dtype: str,
+    weights_dtype: str,
     trains_embedding: bool | None = None,
 ) -> MemoryReport:
     _check("batch", batch)
@@ -223,16 +231,17 @@ def _report(
     gradients = sum(_size(*v) for v in trained.values())
     if trains_embedding is None:
         trains_embedding = any(name.startswith("token_embedding") for name in trained)
-    block = step.kept_of_block()
+    block = step.kept_of_block() + (0 if weights_dtype == compute_dtype else step.rounded_weights())
     kept = config.num_layers * (step.stream if gradient_checkpointing else block) + step.outside_blocks()
     again = block if gradient_checkpointing else 0  # of one block, computed again
+    table = 4 * config.vocabulary_size * config.hidden_dim if trains_embedding else 0
     return MemoryReport(
         weights=sum(_size(*v) for v in variables),
         gradients=gradients,
         optimizer=_optimizer_bytes(optimizer, trained),
         activations=kept,
         loss=step.loss(trains_embedding, table_dtype),
-        backward=again + step.backward_of_block(),
+        backward=again + step.backward_of_block() + table,
         title=title,
     )
 
@@ -283,6 +292,10 @@ class _Step:
         feed_forward += item * gate * self._keeps_input("down")
         return self.tokens * (norms + attention + feed_forward)
 
+    def rounded_weights(self) -> int:
+        """The matrices of a block in the compute dtype, where they are kept in another."""
+        return self.item * sum(math.prod(shape) for shape in self.config.block_weight_shapes().values() if len(shape) == 2)
+
     def outside_blocks(self) -> int:
         """The final norm's input and output, and the gradient of the hidden states that the loss gives."""
         return self.tokens * self.config.hidden_dim * (4 + self.item + 4)
@@ -296,7 +309,7 @@ class _Step:
             rows, at_once = rows_a_chunk(self.config.vocabulary_size), LOGITS_AT_ONCE[self.backend]
         chunk = int(4 * min(rows, self.tokens) * self.config.vocabulary_size * at_once)
         # The gradient of the table from one chunk, beside the sum of those before.
-        return chunk + (4 * self.config.vocabulary_size * self.config.hidden_dim if trains_embedding else 0)
+        return chunk + (2 * 4 * self.config.vocabulary_size * self.config.hidden_dim if trains_embedding else 0)
 
     def backward_of_block(self) -> int:
         """The gradients of a feed-forward's arrays, which are the widest."""
