@@ -123,6 +123,36 @@ def replacing_folder(
         raise
 
 
+@contextlib.contextmanager
+def only_writer(path: str) -> Iterator[None]:
+    """A context in which no other process that asks for it, too, writes beside a file (where the file system has locks).
+
+    Args:
+        path: the file, whose lock is held; it is made, with its folder, if missing.
+
+    Raises:
+        CheckpointError: if another process is in its context, or the file cannot be written.
+
+    Example:
+        >>> with only_writer("./run/log.csv"):
+        ...     go_on()
+    """
+    folder = os.path.dirname(path)
+    with _clear_errors(folder, 0):
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115 - closed below
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"Another process is writing to {folder!r}. Wait for it, or choose another folder.") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        yield
+
+
 def folder_path(target: str | os.PathLike[str], argument: str = "target") -> str:
     """The absolute path of a folder to write, `~` expanded.
 

@@ -207,6 +207,20 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.002)
 
 
+def test_two_runs_in_one_folder(preset, data, tmp_path):
+    output = tmp_path / "run"
+    locks = "with only_writer(sys.argv[1]): print(1, flush=True); time.sleep(600)"
+    holder = f"import sys, time; from keras_gemma2.staging import only_writer\n{locks}"
+    other = subprocess.Popen([sys.executable, "-c", holder, output / "log.csv"], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(CheckpointError, match="Another process is writing to .*run'. Wait for it"):
+        run(preset, data, output, epochs=1)
+    assert os.listdir(output) == ["log.csv"] and log_of(output) == ""
+    other.kill()  # which gives the lock back
+    other.communicate()
+    assert run(preset, data, output, epochs=1, accumulate=1).steps == 3
+
+
 class Stop(Exception):
     pass
 

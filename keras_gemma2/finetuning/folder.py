@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from keras_gemma2.errors import CheckpointError
-from keras_gemma2.staging import folder_path, replacing_folder
+from keras_gemma2.staging import folder_path, only_writer, replacing_folder
 
 SETTINGS, LOG, CHECKPOINT, STATE = "settings.json", "log.csv", "checkpoint", "state.npz"
 MERGED, PLOT = "merged", "loss.png"
 _KIND = "keras-gemma2 finetune"
 _COLUMNS = "step,epoch,loss,tokens,validation_loss\n"
-_RESULTS = ("adapter_config.json", "adapter_model.safetensors", PLOT, LOG)
+_RESULTS = ("adapter_config.json", "adapter_model.safetensors", PLOT)
 
 
 class RunFolder:
@@ -58,7 +58,8 @@ class RunFolder:
         """
         if os.path.lexists(self.path) and not os.path.isdir(self.path):
             raise CheckpointError(f"`output` must be a folder, and {self.path!r} is a file. Choose another name.")
-        if not os.path.isdir(self.path) or not os.listdir(self.path):
+        # A log alone: the run was killed before its settings were there.
+        if not os.path.isdir(self.path) or set(os.listdir(self.path)) <= {LOG}:
             return
         before = self._settings()
         for name in () if restart else recorded:
@@ -80,6 +81,10 @@ class RunFolder:
             )
         return found["settings"]
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which no other run writes to the folder; as `staging.only_writer`."""
+        return only_writer(self.file(LOG))
+
     def begin(self, recorded: Mapping[str, Any], restart: bool = False) -> None:
         """Writes the settings; with `restart`, drops the run that is here."""
         if restart:
@@ -88,6 +93,7 @@ class RunFolder:
             for name in _RESULTS:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.file(name))
+            os.truncate(self.file(LOG), 0)
         elif os.path.exists(self.file(SETTINGS)):
             return
         with replacing_folder(self.path, owned=(SETTINGS,)) as staging, open(os.path.join(staging, SETTINGS), "w") as file:

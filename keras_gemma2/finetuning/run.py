@@ -58,7 +58,8 @@ def finetune(settings: FinetuneSettings, restart: bool = False, progress: bool =
 
     Raises:
         OSError, ValueError, TypeError: for a missing file, malformed data (with its line), a preset, target or rank that does not
-            exist, a folder that is not a run's, or a run with other settings (`CheckpointError`, which names them), a full disk.
+            exist, a folder that is not a run's, or that another process runs in, a run with other settings (`CheckpointError`,
+            which names them), a full disk.
         FloatingPointError: if the loss is NaN or infinite; the last checkpoint stays.
 
     Example:
@@ -76,13 +77,14 @@ def finetune(settings: FinetuneSettings, restart: bool = False, progress: bool =
         return _result(folder, stored[0]["step"])
     lm = _model(settings)
     run = _Run(settings, folder, lm, *read_rows(settings, lm))
-    folder.begin(recorded, restart)
-    run.train(stored, progress)
-    write_plot(folder)
-    lm.save_adapter(folder.path)  # after which a run counts as ended
-    if settings.merge:
-        lm.merge_adapter()
-        lm.save_to_preset(folder.file(MERGED))
+    with folder.locked():
+        folder.begin(recorded, restart)
+        run.train(stored, progress)
+        write_plot(folder)
+        lm.save_adapter(folder.path)  # after which a run counts as ended
+        if settings.merge:
+            lm.merge_adapter()
+            lm.save_to_preset(folder.file(MERGED))
     return _result(folder, run.steps)
 
 
