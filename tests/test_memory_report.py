@@ -1,5 +1,7 @@
 """The estimate of a training step's memory, and the switches that it follows."""
 
+import argparse
+
 import keras
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from conftest import TINY
 from keras import ops
 
 from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2Config
+from keras_gemma2.benchmarks import memory
 from keras_gemma2.benchmarks.processes import in_fresh_process
+from keras_gemma2.cli import main
 from keras_gemma2.config import NAMED_SIZES
 from keras_gemma2.lora import LoraSettings
 from keras_gemma2.training.memory import ITEM_BYTES, MemoryReport, plan_memory
@@ -193,3 +197,51 @@ def test_activations_are_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         lm.train_on_batch(x)
     assert lm.memory_report(1, 512).activations == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+# The command and the benchmark ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.backend_free
+def test_the_command_prints_the_plan(capsys):
+    options = ["--dtype", "bfloat16", "--quantize", "int4", "--lora-rank", "4", "--targets", "all", "--gradient-checkpointing"]
+    sizes = ["--batch", "2", "--length", "512", "--optimizer", "adamw", "--backend", keras.backend.backend()]
+    assert main(["plan-memory", "gemma2_9b_en", *options, *sizes]) == 0
+    config = NAMED_SIZES["gemma2_9b"]
+    settings = {"dtype": "bfloat16", "quantize": "int4", "gradient_checkpointing": True, "optimizer": "adamw"}
+    report = plan_memory(config, 2, 512, lora=LoraSettings.of(config, 4, 16, "all"), **settings)
+    assert capsys.readouterr().out == f"gemma2_9b_en: {report}\n"
+
+
+@pytest.mark.backend_free
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--length", "9000"], "`length` must be at most the model's max_sequence_length, 8192. Received: length=9000"),
+        (["--optimizer", "adm"], "`optimizer` must be one of"),
+        (["--lora-rank", "8", "--targets", "nothing"], "nothing"),
+        (["--batch", "0"], "must be an integer of at least 1"),
+        (["--dtype", "float7"], "float7"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_the_command_refuses(arguments, message, capsys):
+    try:
+        code = main(["plan-memory", "gemma2_2b_en", "--backend", keras.backend.backend(), *arguments])
+    except SystemExit as error:  # what argparse itself refuses
+        code = error.code
+    printed = capsys.readouterr()
+    assert code == 2 and not printed.out
+    assert message in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.backend_free
+def test_the_benchmark_prints_a_row_for_each_case_and_backend(monkeypatch, capsys):
+    figures = {"estimate": 75e6, "measured": 100e6, "process": 2e8}
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *arguments: figures)
+    parser = argparse.ArgumentParser()
+    memory.add_command(parser.add_subparsers())
+    options = parser.parse_args(["memory", "--case", "medium, LoRA", "--backend", "jax", "--backend", "torch"])
+    options.run(options)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [f"| medium, LoRA | 1024 | {backend} | 75 | 100 | 0.75 | 200 |" for backend in ("jax", "torch")]
