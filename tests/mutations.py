@@ -29,11 +29,12 @@ class Mutation:
 
 ATTENTION, BLOCK, EMBEDDING = "layers/attention.py", "layers/decoder_block.py", "layers/embedding.py"
 BLOCKED, DECODE, DECODING = "layers/blocked_attention.py", "generation/decode.py", "generation/decoding.py"
+FROZEN, DISTILL = "backend/torch_frozen_loss.py", "training/distillation_terms.py"
 LONG = ("test_long_prompts.py", "long_ragged")
 MUTATIONS = [
     Mutation("queries scaled by head_dim (27B)", ATTENTION, "self.query_pre_attn_scalar**-0.5", "self.head_dim**-0.5"),
     Mutation("attention cap dropped", ATTENTION, "soft_cap(self._scores(queries, keys), self.logit_soft_cap)", "self._scores(queries, keys)"),
-    Mutation("final cap dropped", EMBEDDING, "return soft_cap(logits, self.logit_soft_cap)", "return logits"),
+    Mutation("final cap dropped", EMBEDDING, "return soft_cap(self.uncapped_logits(hidden), self.logit_soft_cap)", "return self.uncapped_logits(hidden)"),
     Mutation("caps swapped", "backbone.py", "config.final_logit_soft_cap, dtype", "config.attention_logit_soft_cap, dtype"),
     Mutation("window one longer", "layers/mask.py", "queries - keys < window", "queries - keys <= window"),
     Mutation("window one shorter", "layers/mask.py", "queries - keys < window", "queries - keys < window - 1"),
@@ -47,7 +48,7 @@ MUTATIONS = [
     Mutation("epsilon from a default", BLOCK, "RMSNorm(self.config.layer_norm_epsilon", "RMSNorm(1e-6"),
     Mutation("norm without 1 +", "layers/rms_norm.py", "(1.0 + ops.cast(self.scale", "(ops.cast(self.scale"),
     Mutation("exact GELU", "layers/feed_forward.py", "approximate=True", "approximate=False"),
-    Mutation("gate and up swapped", "layers/feed_forward.py", "ops.gelu(self.gate(inputs), approximate=True) * self.up(inputs)", "ops.gelu(self.up(inputs), approximate=True) * self.gate(inputs)"),
+    Mutation("gate and up swapped", "layers/feed_forward.py", "gate, up = self.gate(inputs), self.up(inputs)", "up, gate = self.gate(inputs), self.up(inputs)"),
     Mutation("post-attention norm dropped", BLOCK, "self._drop(self.post_attention_norm(attended), training)", "self._drop(attended, training)"),
     Mutation("post-feed-forward norm dropped", BLOCK, "self.post_ffw_norm(self.feed_forward(self.pre_ffw_norm(x)))", "self.feed_forward(self.pre_ffw_norm(x))"),
     Mutation("embedding not scaled", EMBEDDING, "ops.cast(rows, dtype) * scale[..., None]", "ops.cast(rows, dtype) + 0 * scale[..., None]"),
@@ -57,7 +58,7 @@ MUTATIONS = [
     Mutation("masked rows NaN", BLOCKED, "MASKED_SCORE = -1e30", "MASKED_SCORE = -float(\"inf\")", "test_layers.py", "every_key_masked"),
     Mutation("float16 products not saturated", "layers/numerics.py", "    return ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX)\n", "    return x\n", "test_parity.py", "activations_overflow"),
     Mutation("float16 norms not saturated", "layers/numerics.py", "ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == \"float16\" else x", "x", "test_layers.py", "rms_norm_output_dtype"),
-    Mutation("positions count padding", "layers/mask.py", "count = ops.cumsum(real, axis=-1)", "count = ops.cumsum(ops.ones_like(real), axis=-1)", "test_backbone.py", "any_padding"),
+    Mutation("positions count padding", "layers/mask.py", "return ops.cumsum(real, axis=-1)", "return ops.cumsum(ops.ones_like(real), axis=-1)", "test_backbone.py", "any_padding"),
     Mutation("padding visible", "layers/mask.py", "ops.logical_and(key_is_real[:, None, :], keys <= queries)", "keys <= queries", "test_backbone.py", "any_padding"),
     Mutation("local layers keep full caches", "cache.py", "length if window is None else min(window + slack, length)", "length", "test_generation.py", "keep_a_ring"),
     Mutation("ring one slot short", "cache.py", "min(window + slack, length)", "min(window - 1, length)", "test_generation.py", "cached_logits"),
@@ -83,6 +84,26 @@ MUTATIONS = [
     Mutation("beams keep the caller's sampler", "generation/own_loop.py", "sampler = type(sampler).from_config(sampler.get_config())", "pass", "test_generation.py", "sampler_that_changes"),
     Mutation("beams of NaN", "generation/own_loop.py", "    if broken.size:", "    if False:", "test_calls.py", "not_numbers"),
     Mutation("low digits dropped", "backend/torch_int8.py", "torch.add(low, high, alpha=_BASE)", "high.mul(_BASE)", "test_products.py", "variables_of_codes"),
+    Mutation("the loss's cap is not differentiated", FROZEN, "share.mul_((capped / cap).square_().neg_().add_(1.0))", "pass", "test_loss.py", "cap_is_differentiated"),
+    Mutation("frozen loss: the label in the wrong tile", FROZEN, "labels[inside] - tile.start", "labels[inside] * 0", "test_loss.py", "frozen"),
+    Mutation("weights do not count in the gradient", FROZEN, "cap, table) * weight[:, None]", "cap, table)", "test_loss.py", "frozen"),
+    Mutation("GELU's gradient without up", "backend/torch_gated.py", "gelu_backward(upstream[rows] * up[rows]", "gelu_backward(upstream[rows]", "test_layers.py", "gated"),
+    Mutation("dropout drawn anew when computed again", "backend/torch_recompute.py", "seed.assign(state)", "pass", "test_recompute.py", "drawn_once"),
+    Mutation("blocks not computed again", "backend/torch_recompute.py", "if torch.is_grad_enabled()", "if False", "test_recompute.py", "computed_again"),
+    Mutation("temperature not squared", DISTILL, "loss = alpha * t**2 * kl", "loss = alpha * t * kl", "test_distillation.py", "loss_and_gradients"),
+    Mutation("gradient of the distillation not scaled", DISTILL, "gradient = alpha * t * to_teacher", "gradient = alpha * to_teacher", "test_distillation.py", "loss_and_gradients"),
+    Mutation("distillation's cap is not differentiated", DISTILL, "gradient = gradient * (1.0 - ops.square(capped / self.cap))", "pass", "test_distillation.py", "loss_and_gradients"),
+    Mutation("what records leave out does not count", DISTILL, "kl = kl + ops.where(rest > 0", "kl = kl + 0 * ops.where(rest > 0", "test_distillation.py", "records"),
+    Mutation("records of the row before", "training/teacher_records.py", "slices[\"ids\"][start:end]", "slices[\"ids\"][0 : end - start]", "test_distillation.py", "records"),
+    Mutation("the teacher is trained", "training/distiller.py", "teacher.trainable = False", "pass", "test_distillation.py", "teacher_stays"),
+    Mutation("a run's optimizer is not restored", "finetuning/state.py", "\"optimizer\": lm.optimizer.variables, ", "\"optimizer\": [], ", "test_finetune.py", "killed or qlora"),
+    Mutation("each epoch in the same order", "finetuning/rows.py", "default_rng([seed, epoch])", "default_rng([seed, 0])", "test_finetune.py", "orders"),
+    Mutation("a run does not seed its steps", "finetuning/run.py", "keras.utils.set_random_seed((self._settings.seed * 1_000_003 + step) % 2**32)", "pass", "test_finetune.py", "killed or qlora"),
+    Mutation("rows that fill a batch count", "finetuning/rows.py", "weights[len(chosen) :] = 0", "pass", "test_finetune.py", "gives_the_loss"),
+    Mutation("two runs in one folder", "staging.py", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "test_finetune.py", "two_runs"),
+    Mutation("packed samples see each other", "layers/mask.py", "ops.cumsum(sizes, axis=-1) - sizes", "0 * sizes", "test_packing.py", "rows_of_their_own"),
+    Mutation("gradients are not counted", "training/memory.py", "gradients = sum(_size(*v) for v in trained.values())", "gradients = 0", "test_memory_report.py", "counted_exactly"),
+    Mutation("checkpointing is not counted", "training/memory.py", "step.stream if gradient_checkpointing else block", "block", "test_memory_report.py", "what_follows or quarter"),
 ]
 
 

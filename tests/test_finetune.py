@@ -20,10 +20,12 @@ import keras_gemma2
 from keras_gemma2.cli import main
 from keras_gemma2.errors import CheckpointError
 from keras_gemma2.finetuning import folder as folder_module
+from keras_gemma2.finetuning.rows import Rows
 from keras_gemma2.finetuning.run import finetune
 from keras_gemma2.finetuning.settings import FinetuneSettings
 from keras_gemma2.finetuning.tensorboard import EventFile
 from keras_gemma2.training.jsonl import read_jsonl
+from keras_gemma2.training.samples import Sample
 
 PAIRS = [{"prompt": f"Who came in {1800 + i}?", "response": f" The number {i % 7} of them all."} for i in range(14)]
 
@@ -413,6 +415,13 @@ def refused(options, message, capsys):
     captured = capsys.readouterr()
     assert code == 2 and captured.out == ""
     assert re.search(message, captured.err) and captured.err.count("\n") == 1, captured.err
+
+
+def test_orders_of_epochs():
+    rows = Rows([Sample(np.arange(3, dtype="int32"), np.ones(3, "float32"))] * 20, 2, 0, packs=False, batch_size=4)
+    orders = [tuple(rows.order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)]
+    assert len(set(orders)) == 4 and all(sorted(order) == list(range(20)) for order in orders)
+    assert orders[0] == tuple(rows.order(1, 0))
 
 
 def test_rows_read_back(data):
