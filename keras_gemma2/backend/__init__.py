@@ -36,6 +36,7 @@ FUNCTIONS = (
     "CompilesSteps",
     "recomputed",
     "gated_gelu",
+    "counted_peak",
 )
 
 if keras.backend.backend() not in SUPPORTED:
@@ -72,3 +73,4 @@ add_block = _module.add_block
 CompilesSteps = _module.CompilesSteps
 recomputed = _module.recomputed
 gated_gelu = _module.gated_gelu
+counted_peak = _module.counted_peak

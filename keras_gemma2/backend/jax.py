@@ -19,7 +19,7 @@ from keras_gemma2.backend.jax_loss import sums_in_chunks  # noqa: F401 - one of 
 from keras_gemma2.backend.jax_recompute import recomputed  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.jax_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
-from keras_gemma2.backend.memory import gather_rows, untouched
+from keras_gemma2.backend.memory import counted_peak, gather_rows, untouched  # noqa: F401 - the first is a function of a backend
 
 
 def linear(x: jax.Array, kernel: Any, dtype: str, float32_output: bool = False) -> jax.Array:

@@ -216,3 +216,15 @@ def repeated(function: Callable, name: str) -> Callable:
     """The function itself: inside a compiled function it is compiled with the rest."""
     del name
     return function
+
+
+def counted_peak(function: Callable[[], Any]) -> int | None:
+    """Bytes that a call holds at its peak beside what is there after it, on the first device; see `backend/memory.py`.
+
+    TensorFlow's pool gives nothing back to the system, so that resident memory does not tell.
+    """
+    device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+    tf.config.experimental.reset_memory_stats(device)
+    function()
+    found = tf.config.experimental.get_memory_info(device)
+    return found["peak"] - found["current"]

@@ -48,10 +48,11 @@ def sums_in_chunks(
             inside = tf.minimum(index, total - 1)
             chunk, weight, *target = (tf.gather(array, inside) for array in (hidden, weights, *targets))
             weight = tf.where(index < total, weight, 0.0)
-            with tf.GradientTape(watch_accessed_variables=False) as tape, reading(tables):
-                if training:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                if training:  # before the scope is entered, which casts what it is given
                     tape.watch([chunk, *tables])
-                raw = head(chunk)
+                with reading(tables):
+                    raw = head(chunk)
             with reading(tables):
                 more, upstream = terms(raw, target, weight, training)
             sums = tuple(a + b for a, b in zip(sums, more, strict=True))

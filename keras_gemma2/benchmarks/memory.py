@@ -100,15 +100,11 @@ def _give_back_what_is_freed() -> None:
 
 def _held_by(step: Callable[[], Any]) -> int:
     """Bytes that a step holds at its peak, beside what is there before and after."""
-    import keras
+    from keras_gemma2 import backend
 
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.experimental.reset_memory_stats("CPU:0")
-        step()
-        found = tf.config.experimental.get_memory_info("CPU:0")
-        return found["peak"] - found["current"]
+    counted = backend.counted_peak(step)
+    if counted is not None:
+        return counted
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
