@@ -27,6 +27,13 @@ class HiddenStates(backend.CompilesSteps, keras.Model):
         self.embedding = embedding
         self.hidden = self.add_weight(shape=shape, initializer=keras.initializers.RandomNormal(seed=0), name="hidden")
 
+    def _symbolic_build(self, *args: Any, **kwargs: Any) -> None:
+        """Keras's own computes the loss once more on PyTorch, where the sums cannot be computed of symbols."""
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        self.built = True
+        self._post_build()
+
     def call(self, labels: Any) -> Any:
         weights = keras.ops.ones(labels.shape, "float32")
         return next_token_sums(self.embedding, self.hidden.value, labels, weights, True)["nll"][None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ WIDTHS_2B = {
     "intermediate_dim": 9216,
     "head_dim": 256,
 }
+MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 def in_fresh_process(benchmark: str, backend: str, *arguments: str) -> dict[str, float]:
@@ -54,3 +56,10 @@ def reset_peak() -> None:
     """Makes `peak_bytes` count from now on (Linux, proc(5): `clear_refs`)."""
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")
+
+
+def give_back_what_is_freed() -> None:
+    """The C library keeps freed blocks of up to 32 MB, and takes more, as it has no use for the holes (Linux, glibc)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 1 << 16)
