@@ -95,7 +95,7 @@ MUTATIONS = [
     Mutation("distillation's cap is not differentiated", DISTILL, "gradient = gradient * (1.0 - ops.square(capped / self.cap))", "pass", "test_distillation.py", "loss_and_gradients"),
     Mutation("what records leave out does not count", DISTILL, "kl = kl + ops.where(rest > 0", "kl = kl + 0 * ops.where(rest > 0", "test_distillation.py", "records"),
     Mutation("records of the row before", "training/teacher_records.py", "slices[\"ids\"][start:end]", "slices[\"ids\"][0 : end - start]", "test_distillation.py", "records"),
-    Mutation("the teacher is trained", "training/distiller.py", "teacher.trainable = False", "pass", "test_distillation.py", "teacher_stays"),
+    Mutation("the teacher is trained", "training/distiller.py", "self.teacher.trainable = False", "pass", "test_distillation.py", "teacher_stays"),
     Mutation("a run's optimizer is not restored", "finetuning/state.py", "\"optimizer\": lm.optimizer.variables, ", "\"optimizer\": [], ", "test_finetune.py", "killed or qlora"),
     Mutation("each epoch in the same order", "finetuning/rows.py", "default_rng([seed, epoch])", "default_rng([seed, 0])", "test_finetune.py", "orders"),
     Mutation("a run does not seed its steps", "finetuning/run.py", "keras.utils.set_random_seed((self._settings.seed * 1_000_003 + step) % 2**32)", "pass", "test_finetune.py", "killed or qlora"),
