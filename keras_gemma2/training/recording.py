@@ -75,6 +75,8 @@ def record_teacher(
         >>> teacher = Gemma2CausalLM.from_preset("gemma2_9b_en", dtype="bfloat16", quantize="int8")
         >>> keras_gemma2.record_teacher(teacher, texts, "./records")
         >>> distiller = keras_gemma2.Distiller(student, "./records")
+        >>> distiller.compile(optimizer=keras.optimizers.AdamW(1e-4))
+        >>> distiller.fit(batch_size=8)
     """
     vocabulary_size = teacher.backbone.config.vocabulary_size
     _check_numbers({"top_k": top_k, "batch_size": batch_size, "rows_a_shard": rows_a_shard}, temperature, vocabulary_size)
