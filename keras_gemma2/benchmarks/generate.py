@@ -26,7 +26,7 @@ from keras_gemma2.benchmarks.generate_cases import CASES, Settings
 from keras_gemma2.benchmarks.generate_child import CONTENDERS, measure
 from keras_gemma2.benchmarks.generate_table import MAIN, TITLES, header, line
 from keras_gemma2.benchmarks.load import write_random_folder
-from keras_gemma2.benchmarks.processes import BACKENDS, WIDTHS_2B, in_fresh_process
+from keras_gemma2.benchmarks.processes import BACKENDS, NARROW, WIDTHS_2B, in_fresh_process
 from keras_gemma2.config import Gemma2Config
 
 PEERS = {  # what is imported, and what brings it
@@ -38,7 +38,6 @@ FLOATS = ("float32", "bfloat16")
 # Dtypes of each case unless `--dtype` says so; which contenders have what.
 DTYPES = {"decode": tuple(TYPES), "cache": ("bfloat16",), "whole": ("bfloat16",)}
 LAYERS_2B = 26
-NARROW = {**WIDTHS_2B, "vocabulary_size": 4096, "hidden_dim": 256, "intermediate_dim": 512, "head_dim": 32}  # for --quick
 LIMITS, FOLDER = "limits", "folder"  # what a child does besides measuring a contender
 
 

@@ -17,15 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_gemma2.benchmarks.processes import (
-    BACKENDS,
-    WIDTHS_2B,
-    give_back_what_is_freed,
-    in_fresh_process,
-    peak_bytes,
-    reset_peak,
-    resident_bytes,
-)
+from keras_gemma2.benchmarks.processes import BACKENDS, WIDTHS_2B, in_fresh_process, rise
 
 SMALL = {
     "vocabulary_size": 1024,
@@ -57,6 +49,7 @@ CASES: dict[str, tuple[dict[str, int], int, str, int | None, bool]] = {
     "2B widths, 8 layers, LoRA": (DEEP, 1024, "float32", 8, False),
     "2B widths, 8 layers, LoRA, checkpointing": (DEEP, 1024, "float32", 8, True),
 }
+MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 def add_command(commands: Any) -> None:
@@ -86,16 +79,20 @@ def run(options: argparse.Namespace) -> None:
 
 def measure(numbers: dict[str, int], length: int, dtype: str, rank: int | None, checkpointing: bool) -> dict[str, float]:
     """Bytes of a model's training step, beside its variables: `estimate` and `measured`; and how far the `process` rose."""
-    give_back_what_is_freed()
+    _give_back_what_is_freed()
     lm, step = _model(SMALL, 2 * 256, "float32", 2, False)  # in blocks, as the others: loads libraries
     step()
     lm, step = _model(numbers, length, dtype, rank, checkpointing)
-    before = resident_bytes()
-    reset_peak()
-    step()
-    process = peak_bytes() - before
+    process = rise(step)
     report = lm.memory_report(1, length)
     return {"estimate": float(report.growth - report.optimizer), "measured": float(_held_by(step)), "process": float(process)}
+
+
+def _give_back_what_is_freed() -> None:
+    """The C library keeps freed blocks of up to 32 MB, and takes more, as it has no use for the holes (Linux, glibc)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 1 << 16)
 
 
 def _held_by(step: Callable[[], Any]) -> int:
@@ -109,10 +106,7 @@ def _held_by(step: Callable[[], Any]) -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    before = resident_bytes()
-    reset_peak()
-    step()
-    return peak_bytes() - before
+    return rise(step)
 
 
 def _model(numbers: dict[str, int], length: int, dtype: str, rank: int | None, checkpointing: bool) -> tuple[Any, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 BACKENDS = ("jax", "tensorflow", "torch")
 WIDTHS_2B = {
@@ -17,7 +18,7 @@ WIDTHS_2B = {
     "intermediate_dim": 9216,
     "head_dim": 256,
 }
-MMAP_THRESHOLD = -3  # of mallopt(3)
+NARROW = {**WIDTHS_2B, "vocabulary_size": 4096, "hidden_dim": 256, "intermediate_dim": 512, "head_dim": 32}  # for --quick
 
 
 def in_fresh_process(benchmark: str, backend: str, *arguments: str) -> dict[str, float]:
@@ -58,8 +59,9 @@ def reset_peak() -> None:
         file.write("5")
 
 
-def give_back_what_is_freed() -> None:
-    """The C library keeps freed blocks of up to 32 MB, and takes more, as it has no use for the holes (Linux, glibc)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 1 << 16)
+def rise(function: Callable[[], Any]) -> int:
+    """Bytes that resident memory rises during a call, at its highest, over what it was before (Linux)."""
+    before = resident_bytes()
+    reset_peak()
+    function()
+    return peak_bytes() - before

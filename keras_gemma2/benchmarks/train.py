@@ -14,17 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from keras_gemma2.benchmarks import machine
-from keras_gemma2.benchmarks.processes import (
-    BACKENDS,
-    WIDTHS_2B,
-    give_back_what_is_freed,
-    in_fresh_process,
-    peak_bytes,
-    reset_peak,
-    resident_bytes,
-)
+from keras_gemma2.benchmarks.processes import BACKENDS, NARROW, WIDTHS_2B, in_fresh_process, rise
 
-NARROW = {**WIDTHS_2B, "vocabulary_size": 4096, "hidden_dim": 256, "intermediate_dim": 512, "head_dim": 32}  # for --quick
 CONTENDERS = {
     "ours": ("train_contenders", "ours"),
     "ours_checkpointing": ("train_contenders", "ours"),
@@ -114,21 +105,22 @@ def _steps(options: argparse.Namespace, length: int) -> dict[str, float]:
 
 def _measured(step: Any, steps: int) -> dict[str, float]:
     """The first call's time, the best of the others', and how far resident memory rose over what it was."""
-    before = resident_bytes()
-    reset_peak()
-    first = machine.seconds(step)
-    times = [machine.seconds(step) for _ in range(steps)]
-    return {"first": first, "seconds": min(times, default=first), "growth": float(peak_bytes() - before)}
+    times: list[float] = []
+
+    def run() -> None:
+        times.extend(machine.seconds(step) for _ in range(1 + steps))
+
+    growth = rise(run)
+    return {"first": times[0], "seconds": min(times[1:] or times), "growth": float(growth)}
 
 
 def _loss_alone(options: argparse.Namespace, length: int) -> dict[str, float]:
     """The loss of random hidden states and its gradient with respect to them, with a frozen embedding.
 
-    Its memory is what the loss holds, the gradient included: a small one is computed before, which loads libraries.
+    A small one is computed before, which loads libraries: memory is what the loss takes, its gradient and compilation included.
     """
     from keras_gemma2.benchmarks.loss_alone import loss_and_gradient
 
-    give_back_what_is_freed()
     loss_and_gradient(NARROW["vocabulary_size"], NARROW["hidden_dim"], 1, 64)()
     numbers = NARROW if options.quick else WIDTHS_2B
     return _measured(loss_and_gradient(numbers["vocabulary_size"], numbers["hidden_dim"], options.batch, length), options.steps)
