@@ -45,14 +45,14 @@ class Tokens:
         rows: int32 `[b]`, the caches' row of each row of tokens; None for all rows in order.
         starts: int32 `[b]`, position of each row's first token.
         counts: int32 `[b]`, tokens of each row that are real; the rest, on the right, is padding.
-        steps: T, tokens of each row, padding included.
+        steps: T, tokens of each row, padding included; in a graph of dynamic sizes a scalar tensor.
         fresh: whether nothing stands before them in the caches.
     """
 
     rows: Any
     starts: Any
     counts: Any
-    steps: int
+    steps: Any
     fresh: bool = False
 
     @property
@@ -74,7 +74,9 @@ class LayerCache:
         self.stored = cache
         self.tokens = tokens
         self.window = window
-        self.slots = cache[0].shape[2] - 1
+        slots = cache[0].shape[2]
+        # A tensor in a graph of dynamic sizes.
+        self.slots = ops.shape(cache[0])[2] - 1 if slots is None else slots - 1
 
     def attend(self, queries: Any, keys: Any, values: Any, soft_cap: float | None) -> Any:
         """What each query reads from the keys it may see, and stores the new keys and values.
@@ -88,7 +90,8 @@ class LayerCache:
             `[b, K, G, T, H]`, in the dtype of the queries.
         """
         softmax = RunningSoftmax(queries, soft_cap)
-        if self.tokens.steps == 1 and self.tokens.rows is None:
+        is_one = isinstance(self.tokens.steps, int) and self.tokens.steps == 1
+        if is_one and self.tokens.rows is None:
             # Written first and read after: the old cache has no other reader, so that it is updated in place.
             self._store(keys, values)
             return softmax.result(self._over_slots(softmax, softmax.start(), self.tokens.starts))
@@ -102,20 +105,22 @@ class LayerCache:
 
     def _over_slots(self, softmax: RunningSoftmax, state: Any, last: Any) -> Any:
         """Adds the cached tokens up to position `last [b]`, block by block; blocks that hold none are not read."""
-        if self.slots <= BLOCK:
+        is_static = isinstance(self.slots, int)
+        if is_static and self.slots <= BLOCK:
             return self._add_block(softmax, state, last, 0, self.slots)
+        size = BLOCK if is_static else ops.minimum(self.slots, BLOCK)
         filled = ops.minimum(ops.max(last) + 1, self.slots)
-        blocks = (filled + BLOCK - 1) // BLOCK
+        blocks = (filled + size - 1) // size
 
         def add(i: Any, state: Any) -> tuple[Any, Any]:
-            return i + 1, self._add_block(softmax, state, last, i * BLOCK, BLOCK)
+            return i + 1, self._add_block(softmax, state, last, i * size, size)
 
         zero = ops.zeros((), "int32")
         return ops.while_loop(lambda i, state: i < blocks, add, (zero, state))[1]
 
-    def _add_block(self, softmax: RunningSoftmax, state: Any, last: Any, first: Any, size: int) -> Any:
+    def _add_block(self, softmax: RunningSoftmax, state: Any, last: Any, first: Any, size: Any) -> Any:
         # The last block is moved to the left where it would pass the end; slots before `first` were in the block before.
-        start = ops.minimum(first, self.slots - size) if self.slots > size else 0
+        start = 0 if size is self.slots else ops.minimum(first, self.slots - size)
         slots = start + ops.arange(size, dtype="int32")[None, :]
         positions = last[:, None] - ops.mod(last[:, None] - slots, self.slots)
         real = ops.logical_and(positions >= 0, slots >= first)

@@ -10,6 +10,7 @@ import keras_hub
 
 from keras_gemma2.backbone import Gemma2Backbone
 from keras_gemma2.errors import callers_level
+from keras_gemma2.export.exports import Exports
 from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.generation.calls import Generates
 from keras_gemma2.generation.requests import check_sampler
@@ -24,7 +25,7 @@ from keras_gemma2.training.steps import TrainsInChunks
 
 
 @keras.saving.register_keras_serializable(package="keras_gemma2")
-class Gemma2CausalLM(FitsText, TrainsAdapters, TrainsInChunks, Generates, Scores, FromPreset, keras_hub.models.CausalLM):
+class Gemma2CausalLM(FitsText, TrainsAdapters, TrainsInChunks, Generates, Scores, Exports, FromPreset, keras_hub.models.CausalLM):
     """A Gemma 2 causal language model: text in, text out.
 
     Called on `{"token_ids": int [B, T], "padding_mask": bool or int [B, T]}` it gives float32 logits `[B, T, V]` after

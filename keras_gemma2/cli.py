@@ -1,4 +1,4 @@
-"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune | plan-memory`.
+"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune | plan-memory | export`.
 
 `python -m keras_gemma2` is the same.
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_finetune(commands)
     _add_plan_memory(commands)
+    _add_export(commands)
     return parser
 
 
@@ -139,6 +140,18 @@ def _add_finetune(commands) -> None:
     )
     add_options(parser.add_argument, _at_least, BACKENDS, DEFAULT_PRESET)
     parser.set_defaults(run=_finetune)
+
+
+def _add_export(commands) -> None:
+    from keras_gemma2.cli_export import add_options
+
+    parser = commands.add_parser(
+        "export",
+        help="write a TensorFlow SavedModel that writes text",
+        description="Writes a SavedModel for TensorFlow Serving: texts in, texts out, without Keras or this package.",
+    )
+    add_options(parser.add_argument, _at_least, _probability)
+    parser.set_defaults(run=_export)
 
 
 def _add_plan_memory(commands) -> None:
@@ -305,6 +318,15 @@ def _finetune(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     _choose_backend(options.backend)
     return finetune_command(settings, options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from keras_gemma2.cli_export import export_command
+    from keras_gemma2.presets.registry import resolve
+
+    resolve(options.preset)  # before the seconds that a backend takes to import
+    _choose_backend("tensorflow")
+    return export_command(options)
 
 
 def _plan_memory(options: argparse.Namespace) -> int:

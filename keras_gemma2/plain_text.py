@@ -77,6 +77,12 @@ def marker_ids(tokenizer: Gemma2Tokenizer) -> frozenset[int]:
 def _reader(tokenizer: Gemma2Tokenizer, markers: bool) -> Any:
     """The SentencePiece processor for one way of reading; making it takes 0.1 s."""
     import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=reading_proto(tokenizer, markers))
+
+
+def reading_proto(tokenizer: Gemma2Tokenizer, markers: bool) -> bytes:
+    """The SentencePiece model of a tokenizer's vocabulary that reads texts as `encode_texts` does."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
@@ -86,7 +92,7 @@ def _reader(tokenizer: Gemma2Tokenizer, markers: bool) -> Any:
     else:
         for token_id in _markers(model, tokenizer):
             model.pieces[token_id].type = _CONTROL
-    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    return model.SerializeToString()
 
 
 def _markers(model: Any, tokenizer: Gemma2Tokenizer) -> Iterator[int]:

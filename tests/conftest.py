@@ -17,7 +17,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import keras  # noqa: E402 - reads the environment
 
-_ONLY = {"jax": ["test_lowering.py", "test_jax_words.py"], "torch": ["test_tape.py"]}  # on one backend
+_ONLY = {  # on one backend
+    "jax": ["test_lowering.py", "test_jax_words.py"],
+    "tensorflow": ["test_export_graph.py"],
+    "torch": ["test_tape.py"],
+}
 collect_ignore = [name for backend, names in _ONLY.items() if backend != keras.backend.backend() for name in names]
 
 # No accidental identities: N * H != D, 1 < K < N, scalar != H, F != D, and every number another.

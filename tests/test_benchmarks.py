@@ -173,3 +173,35 @@ def test_a_peak_counts_from_where_it_is_reset():
     assert processes.peak_bytes() < high - (1 << 26)
     assert machine.host_read_rate(1 << 20) > 0 and set(COLUMNS) == set(CASES) == set(TITLES)
     assert header("cache").splitlines()[0] == "| who | backend | dtype | bytes | full caches, bytes | share |"
+
+
+def test_export_prints_what_it_found(monkeypatch, capsys):
+    from keras_gemma2.benchmarks import export
+
+    found = {
+        "make": {"weights": 2e6, "size": 2.1e6, "generate": 0.5, "seconds": 3.0},
+        "make_keras_hub": {"size_keras_hub": 3e6},
+        "read": {"read": 2.0},
+        "load": {"load": 1.0},
+        "saved_model": {"saved_model": 0.25},
+        "score": {"score": 2.0},
+        "score_keras_hub": {"score_keras_hub": 8.0},
+    }
+    asked = []
+
+    def child(benchmark, backend, flag, step, *arguments):
+        assert (benchmark, backend, flag) == ("export", "tensorflow", "--child")
+        asked.append(step)
+        return found[step]
+
+    monkeypatch.setattr(export, "in_fresh_process", child)
+    parser = argparse.ArgumentParser()
+    export.add_command(parser.add_subparsers())
+    for arguments, steps in (([], 7), (["--no-peers"], 5)):
+        asked.clear()
+        options = parser.parse_args(["export", *arguments])
+        options.run(options)
+        printed = capsys.readouterr().out
+        assert len(asked) == steps
+        assert "| decoding, s a token | 0.2500 | `lm.generate` on tensorflow | 0.5000 | 0.500 |" in printed
+        assert ("keras-hub" in printed) == (steps == 7)

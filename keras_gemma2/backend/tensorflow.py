@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_gemma2.backend import tensorflow_blocks, tensorflow_quantized, tensorflow_words
+from keras_gemma2.backend import tensorflow_blocks, tensorflow_graph, tensorflow_quantized, tensorflow_words
 from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.memory import gather_rows, untouched
 from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
@@ -37,7 +37,7 @@ def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) 
     else:
         kernel = tf.convert_to_tensor(keras.ops.convert_to_tensor(kernel, dtype=dtype))  # Keras leaves a variable one
         half = kernel.dtype in (tf.bfloat16, tf.float16) and not tf.config.list_logical_devices("GPU")
-        out = _linear_in_blocks(rows, kernel) if half else tf.matmul(rows, kernel, transpose_b=True)
+        out = _linear_in_blocks(rows, kernel) if half else tensorflow_graph.product(rows, kernel)
     out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [units]], axis=0))
     out.set_shape(x.shape[:-1].concatenate(units))
     return tf.cast(out, tf.float32 if float32_output else x.dtype)

@@ -1,10 +1,10 @@
-"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize | train | memory`."""
+"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize | train | memory | export`."""
 
 from __future__ import annotations
 
 import argparse
 
-from keras_gemma2.benchmarks import build, generate, load, memory, quantize, train
+from keras_gemma2.benchmarks import build, export, generate, load, memory, quantize, train
 
 
 def main() -> None:
@@ -17,6 +17,7 @@ def main() -> None:
     quantize.add_command(commands)
     train.add_command(commands)
     memory.add_command(commands)
+    export.add_command(commands)
     options = parser.parse_args()
     options.run(options)
 

@@ -1,0 +1,192 @@
+"""The SavedModel against the model it was made of, and against keras-hub's export.
+
+2B's widths with random weights. Decoding is greedy, one row, a prompt of 32 tokens; the time of a token is that of a call for many
+less that of one for a single token. A load is `tf.saved_model.load` in a fresh process, a read that of the same files into memory
+of another fresh process. Scores are those of 64 rows of 32 tokens; keras-hub's SavedModel gives logits, of which the same is
+computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from keras_gemma2.benchmarks.machine import device_name, repeated, seconds
+from keras_gemma2.benchmarks.processes import NARROW, WIDTHS_2B, in_fresh_process
+
+PROMPT, ROWS, LENGTH, REPEATS = 32, 64, 32, 3
+STEPS = ("make", "make_keras_hub", "read", "load", "saved_model", "score", "score_keras_hub")
+
+
+def add_command(commands: Any) -> None:
+    """Adds `export` to the program's commands."""
+    parser = commands.add_parser("export", help="the SavedModel's speed and size, beside keras-hub's", description=__doc__)
+    add = parser.add_argument
+    add("--layers", type=int, default=4, metavar="N", help="default: %(default)s")
+    add("--dtype", default="float32", help="default: %(default)s")
+    add("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--no-peers", action="store_true", help="leave keras-hub out")
+    add("--quick", action="store_true", help="narrow models, to see that it runs")
+    add("--child", choices=STEPS, help=argparse.SUPPRESS)
+    add("--folder", help=argparse.SUPPRESS)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a table of what was found."""
+    if options.child:
+        print(json.dumps(_child(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shared = ["--folder", folder, "--layers", str(options.layers), "--dtype", options.dtype]
+        shared += ["--new-tokens", str(options.new_tokens), *(["--quick"] if options.quick else [])]
+        found: dict[str, float] = {}
+        for step in STEPS:
+            if not (options.no_peers and step.endswith("keras_hub")):
+                found |= in_fresh_process("export", "tensorflow", "--child", step, *shared)
+    print(f"Gemma 2 2B's widths, {options.layers} layers, {options.dtype}; {device_name()}\n")
+    print("\n".join(_table(found)))
+
+
+def _table(found: dict[str, float]) -> list[str]:
+    rows = [
+        ("decoding, s a token", "saved_model", "`lm.generate` on tensorflow", "generate", 1, ".4f"),
+        ("size, MB", "size", "its weights", "weights", 1e-6, ".1f"),
+        ("loading, s", "load", "reading its files", "read", 1, ".2f"),
+        ("scores of 64 texts, s", "score", "keras-hub's logits export", "score_keras_hub", 1, ".2f"),
+        ("size, MB", "size", "keras-hub's export", "size_keras_hub", 1e-6, ".1f"),
+    ]
+    lines = ["| | SavedModel | beside | | ratio |", "|---|---|---|---|---|"]
+    for what, ours, beside, theirs, unit, form in rows:
+        if ours in found and theirs in found:
+            values = f"{found[ours] * unit:{form}} | {beside} | {found[theirs] * unit:{form}}"
+            lines.append(f"| {what} | {values} | {found[ours] / found[theirs]:.3f} |")
+    lines.append(f"\nWriting it took {found['seconds']:.1f} s.")
+    return lines
+
+
+# In a process of its own ------------------------------------------------------------------------------------------------
+
+
+def _child(options: argparse.Namespace) -> dict[str, float]:
+    ours, theirs = (os.path.join(options.folder, name) for name in ("ours", "keras_hub"))
+    steps: dict[str, Callable[[], dict[str, float]]] = {
+        "make": lambda: _make(options, ours),
+        "make_keras_hub": lambda: _make_keras_hub(options, theirs),
+        "read": lambda: {"read": seconds(lambda: _read(ours))},
+        "load": lambda: {"load": _load(ours)[1]},
+        "saved_model": lambda: {"saved_model": _decoding(options, ours)},
+        "score": lambda: {"score": _scoring(ours)},
+        "score_keras_hub": lambda: {"score_keras_hub": _scoring_keras_hub(theirs)},
+    }
+    return steps[options.child]()
+
+
+def _numbers(options: argparse.Namespace) -> dict[str, Any]:
+    return {**(NARROW if options.quick else WIDTHS_2B), "num_layers": options.layers, "dtype": options.dtype}
+
+
+def _make(options: argparse.Namespace, folder: str) -> dict[str, float]:
+    """Exports; times `generate` on the way."""
+    from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
+    from keras_gemma2.from_preset import _bytes
+
+    lm = Gemma2CausalLM(Gemma2Backbone(**_numbers(options)), None)
+    wrote = seconds(lambda: lm.export(folder, max_new_tokens=options.new_tokens, stop_token_ids=None, sampler="greedy"))
+
+    def write(count: int) -> Any:
+        return lm.generate(_inputs(1, PROMPT), max_new_tokens=count, stop_token_ids=None)
+
+    token = _token_time(write, options.new_tokens)
+    return {"weights": float(_bytes(lm.backbone)), "size": _size(folder), "generate": token, "seconds": wrote}
+
+
+def _make_keras_hub(options: argparse.Namespace, folder: str) -> dict[str, float]:
+    import keras_hub
+
+    from keras_gemma2.benchmarks.build import _keras_hub
+
+    lm = keras_hub.models.GemmaCausalLM(_keras_hub()(**_numbers(options)), None)
+    lm.export(folder, verbose=False)
+    return {"size_keras_hub": _size(folder)}
+
+
+def _size(folder: str) -> float:
+    return float(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()))
+
+
+def _read(folder: str) -> list[Any]:
+    import numpy as np
+
+    return [np.fromfile(path, "uint8") for path in Path(folder).rglob("*") if path.is_file()]
+
+
+def _load(folder: str) -> tuple[Any, float]:
+    import tensorflow as tf
+
+    tf.constant(0.0)  # TensorFlow's own start-up
+    start = time.perf_counter()
+    return tf.saved_model.load(folder), time.perf_counter() - start
+
+
+def _decoding(options: argparse.Namespace, folder: str) -> float:
+    import tensorflow as tf
+
+    served = _load(folder)[0]
+    inputs = {name: tf.constant(array) for name, array in _inputs(1, PROMPT).items()}
+    length = tf.constant(PROMPT + options.new_tokens)
+
+    def write(count: int) -> Any:
+        if count > 1:
+            return served.signatures["generate_tokens"](**inputs)
+        return served.signatures["prefill"](**inputs, cache_length=length)
+
+    return _token_time(write, options.new_tokens)
+
+
+def _scoring(folder: str) -> float:
+    import tensorflow as tf
+
+    served = _load(folder)[0]
+    inputs = {name: tf.constant(array) for name, array in _inputs(ROWS, LENGTH).items()}
+
+    def score() -> Any:
+        return served.signatures["score"](**inputs)
+
+    score()
+    return repeated(score, REPEATS)
+
+
+def _scoring_keras_hub(folder: str) -> float:
+    import tensorflow as tf
+
+    served = _load(folder)[0]
+    inputs = {name: tf.constant(array) for name, array in _inputs(ROWS, LENGTH).items()}
+
+    def score() -> Any:
+        logits = served.serve(inputs)[:, :-1]
+        chosen = tf.gather(logits, inputs["token_ids"][:, 1:], batch_dims=2)
+        return chosen - tf.reduce_logsumexp(logits, axis=-1)
+
+    score()
+    return repeated(score, REPEATS)
+
+
+def _inputs(rows: int, length: int) -> dict[str, Any]:
+    import numpy as np
+
+    token_ids = np.random.default_rng(0).integers(3, 1000, (rows, length)).astype("int32")
+    return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+
+
+def _token_time(write: Callable[[int], Any], count: int) -> float:
+    """Seconds a token; each kind of call once before, to compile or optimize it."""
+    write(1)
+    write(count)
+    return (repeated(lambda: write(count), REPEATS) - repeated(lambda: write(1), REPEATS)) / (count - 1)

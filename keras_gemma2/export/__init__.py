@@ -1,0 +1,1 @@
+"""What leaves the package: a SavedModel that writes text."""

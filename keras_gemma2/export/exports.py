@@ -1,0 +1,106 @@
+"""The calls of a causal language model that write it for other runtimes: mixed into `Gemma2CausalLM`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from keras_gemma2.export.saved_model import export_saved_model
+
+
+class Exports:
+    """`export` and `export_saved_model`."""
+
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the model for another runtime.
+
+        Args:
+            filepath: the folder or file to write.
+            format: "tf_saved_model", which writes text (see `export_saved_model`), or another of `keras.Model.export`'s, which
+                writes the forward pass alone, as Keras does it.
+            verbose, input_signature: for the other formats, as `keras.Model.export` takes them.
+            **kwargs: what `export_saved_model` takes, or for other formats `keras.Model.export`.
+
+        Raises:
+            ValueError: as `export_saved_model`, or for an `input_signature` with "tf_saved_model", whose sizes are all dynamic.
+
+        Example:
+            >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
+            >>> lm.export("./served/1", max_new_tokens=64)
+        """
+        if format != "tf_saved_model":
+            super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
+            return
+        if input_signature is not None:
+            raise ValueError(
+                "`input_signature` is not for format='tf_saved_model': its signatures take any batch and length. Leave it out. "
+                f"Received: {input_signature!r}."
+            )
+        export_saved_model(self, filepath, **kwargs)
+
+    def export_saved_model(
+        self,
+        folder: str | os.PathLike[str],
+        max_new_tokens: int = 128,
+        sampler: Any = None,
+        chat: bool = False,
+        stop_token_ids: str | Sequence[int] | None = "auto",
+        signatures: Sequence[str] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes a TensorFlow SavedModel that reads and writes text, with cached decoding in its graph.
+
+        It runs in TensorFlow alone, with TensorFlow Text for texts: Keras and this package are not needed. Batch and lengths are
+        free, up to the context. The weights are stored once, in the model's dtype or as their codes; an active adapter goes along.
+
+        | signature | inputs | outputs |
+        |---|---|---|
+        | `serving_default` | `prompts` string `[B]` | `completions` string `[B]` |
+        | `generate` | `prompts`; scalars `max_new_tokens`, `top_k` (0 is off), `seed` int32, `temperature` (0 is greedy), `top_p` \
+float32 | `completions`, `num_tokens` int32 `[B]`, stop tokens counted |
+        | `generate_tokens` | `token_ids`, `padding_mask` int32 `[B, T]` | `token_ids`, `padding_mask` int32: rows from the left, \
+prompt and new tokens |
+        | `score` | the same | `log_probabilities` float32 `[B, T]` of each token given those before it; 0 for the first |
+        | `logits` | the same | `logits` float32 `[B, T, V]` |
+        | `prefill` | the same, and `cache_length` int32, tokens to have room for | `logits` `[B, V]` of the next token, its \
+`positions` int32 `[B]`, caches `keys_0`, `values_0`, ... |
+        | `decode_step` | `token_ids`, `positions` int32 `[B]`, the caches | as `prefill` |
+
+        Completions are without the prompt. Greedy ones are those of `generate` (`chat`, with `chat=True`); drawn ones follow the
+        same distribution, with other draws. A wrong input is an `InvalidArgumentError` that names it.
+
+        With JAX or PyTorch as the backend, another process writes it, which reads the weights from files beside the folder: for a
+        while the disk holds them twice, and the two processes hold them once each.
+
+        Args:
+            folder: to write, with its parents; `~` is expanded. TensorFlow Serving wants it to be a number: `./served/1`.
+            max_new_tokens: of `serving_default` and `generate_tokens`.
+            sampler: of these two: a `keras_gemma2.Sampler`, or "greedy"; None means what `compile` was given.
+            chat: whether `prompts` are a user's messages to be answered, in Gemma's chat format. Markers spelled out in them are
+                plain text. Else they are texts to continue.
+            stop_token_ids: as `generate` takes them.
+            signatures: names of those to write; None for all that the model can have. Without the first two, TensorFlow Text is not
+                needed.
+            overwrite: whether the folder may hold something: a SavedModel in it is replaced, other files stay.
+
+        Raises:
+            ValueError: for a sampler that needs Python (a `logits_processor`, keras-hub's), unknown signatures, signatures of text
+                of a model without a preprocessor, or numbers out of range.
+            CheckpointError: for a folder that is not empty or cannot be written, or a full disk. Nothing is left half-written.
+            ImportError: where TensorFlow is missing.
+
+        Example:
+            >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
+            >>> lm.export_saved_model("./served/1", sampler=keras_gemma2.Sampler(temperature=0.8))
+            >>> served = tf.saved_model.load("./served/1")
+            >>> served.signatures["serving_default"](prompts=tf.constant(["The state of our union is"]))["completions"]
+        """
+        export_saved_model(self, folder, max_new_tokens, sampler, chat, stop_token_ids, signatures, overwrite)

@@ -1,0 +1,147 @@
+"""A TensorFlow SavedModel of a causal language model, from whatever backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_gemma2.errors import CheckpointError
+from keras_gemma2.export.signatures import SIGNATURES, TEXT_SIGNATURES, TOKEN_SIGNATURES, Settings, Signatures
+from keras_gemma2.generation.requests import GREEDY, check_length, read_sampler, read_stop_token_ids
+from keras_gemma2.generation.sampler import Sampler
+from keras_gemma2.staging import folder_path, replacing_folder
+
+# What TensorFlow writes, as patterns of paths.
+FILES = ("saved_model.pb", "fingerprint.pb", "variables/*", "assets/*", "assets.extra/*")
+LINES_OF_ERRORS = 12
+_NO_TENSORFLOW = "A SavedModel is written by TensorFlow, which is not installed. Install it with `pip install tensorflow`."
+
+
+def export_saved_model(
+    lm: Any,
+    folder: str | os.PathLike[str],
+    max_new_tokens: int = 128,
+    sampler: Any = None,
+    chat: bool = False,
+    stop_token_ids: str | Sequence[int] | None = "auto",
+    signatures: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a SavedModel; see `Gemma2CausalLM.export_saved_model`."""
+    target = folder_path(folder, "folder")
+    settings = _read_settings(lm, max_new_tokens, sampler, chat, stop_token_ids, signatures)
+    check_folder(target, overwrite)
+    size = sum(_bytes_of(variable) for variable in lm.backbone.variables)
+    in_process = keras.backend.backend() == "tensorflow"
+    with replacing_folder(target, size if in_process else 2 * size, FILES) as staging:
+        if in_process:
+            write(lm, staging, settings)
+        else:
+            _write_elsewhere(lm, staging, settings)
+
+
+def write(lm: Any, folder: str, settings: Settings) -> None:
+    """Traces the signatures and writes them to an empty folder; with TensorFlow as Keras's backend."""
+    from keras_gemma2.backend.tensorflow_graph import dynamic_graph
+
+    made = Signatures(lm, settings)
+    archive = keras.export.ExportArchive()
+    with dynamic_graph():
+        for name, (function, specs) in made.endpoints().items():
+            archive.add_endpoint(name, function, input_signature=specs)
+        for resource in made.text.resources if made.text else []:
+            archive.track(resource)
+        archive.write_out(folder, verbose=False)
+
+
+def _read_settings(
+    lm: Any, max_new_tokens: Any, sampler: Any, chat: bool, stop_token_ids: Any, signatures: Sequence[str] | None
+) -> Settings:
+    max_new_tokens = check_length("max_new_tokens", max_new_tokens, None)
+    samplers, _ = read_sampler(lm, sampler, None, 1)
+    chosen = samplers[0] if isinstance(samplers, list) else samplers
+    if not isinstance(chosen, Sampler) or chosen.logits_processor is not None:
+        what = "its `logits_processor` is Python code" if isinstance(chosen, Sampler) else "keras-hub's samplers run on the host"
+        raise ValueError(
+            f"`sampler` must be a keras_gemma2.Sampler without a `logits_processor`, or 'greedy', for a graph: {what}. "
+            f"Received: {chosen!r}."
+        )
+    names = tuple(signatures) if signatures is not None else _possible(lm)
+    unknown = [name for name in names if name not in SIGNATURES]
+    if unknown or not names or isinstance(signatures, str):
+        raise ValueError(f"`signatures` must be a list of names out of {list(SIGNATURES)}. Received: {signatures!r}.")
+    if lm.preprocessor is None and (chat or set(names) & set(TEXT_SIGNATURES)):
+        raise ValueError(
+            "Signatures of text, and `chat`, need a model with a preprocessor. Pass `preprocessor=` to Gemma2CausalLM, or "
+            f"`signatures={list(TOKEN_SIGNATURES)}`. Received: signatures={list(names)}, chat={chat}."
+        )
+    if lm.preprocessor is None and stop_token_ids == "auto":
+        stop_token_ids = None
+    return Settings(max_new_tokens, chosen, bool(chat), read_stop_token_ids(lm, stop_token_ids), names)
+
+
+def _possible(lm: Any) -> tuple[str, ...]:
+    return TOKEN_SIGNATURES if lm.preprocessor is None else SIGNATURES
+
+
+def check_folder(target: str, overwrite: bool) -> None:
+    """Raises a CheckpointError for a folder that holds something, unless it may be overwritten."""
+    if os.path.isdir(target) and os.listdir(target) and not overwrite:
+        raise CheckpointError(
+            f"The folder {target!r} is not empty. Choose another, or pass `overwrite=True` to replace the SavedModel in it."
+        )
+
+
+def _bytes_of(variable: Any) -> int:
+    sizes = {"int8": 1, "uint8": 1, "bool": 1, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8}
+    count = 1
+    for length in variable.shape:
+        count *= length
+    return count * sizes.get(variable.dtype, 4)
+
+
+# From another backend ---------------------------------------------------------------------------------------------------
+
+
+def _write_elsewhere(lm: Any, folder: str, settings: Settings) -> None:
+    """Carries the weights into a process whose backend is TensorFlow, by files beside the folder."""
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".exporting-") as place:
+        preset = os.path.join(place, "preset")
+        adapters = lm.backbone.adapter_set
+        if adapters.active is not None:  # as it is, and not merged: codes of 8 or 4 bits could not hold the sum
+            lm.save_adapter(os.path.join(place, "adapter"))
+        with adapters.only(None):
+            lm.save_to_preset(preset)
+        with open(os.path.join(place, "settings.json"), "w", encoding="utf-8") as file:
+            json.dump(_settings_config(settings), file)
+        # On the CPU, whatever the devices are: those may be this process's.
+        environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        command = [sys.executable, "-m", "keras_gemma2.export.elsewhere", place, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        if "No module named 'tensorflow'" in done.stderr:
+            raise ImportError(_NO_TENSORFLOW)
+        lines = "\n".join(done.stderr.strip().splitlines()[-LINES_OF_ERRORS:])
+        if "No space left on device" in done.stderr:
+            raise OSError(28, f"No space left on device: the process that writes the SavedModel said\n{lines}")
+        raise RuntimeError(f"The process that writes the SavedModel ended with code {done.returncode}:\n{lines}")
+
+
+def _settings_config(settings: Settings) -> dict[str, Any]:
+    values = {**vars(settings)}
+    values["sampler"] = settings.sampler.get_config()
+    return values
+
+
+def settings_from_config(config: dict[str, Any]) -> Settings:
+    """The settings that another process wrote as JSON."""
+    sampler = Sampler.from_config(config["sampler"]) if config["sampler"] else GREEDY
+    lists = {name: tuple(config[name]) for name in ("stop_token_ids", "signatures")}
+    return Settings(config["max_new_tokens"], sampler, config["chat"], **lists)

@@ -1,0 +1,78 @@
+"""A small model to export, and its SavedModel asked in a process of its own: for the tests of both."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import TINY
+
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor
+
+# float32 sums in another order, on a range of logits of 6 (their cap is 3): as in test_parity, 2e-5 of the range.
+TOLERANCE = 1.2e-4
+TEXTS = ["The state of our union is", "", "  Two spaces, and\nlines: <end_of_turn> é 漢", "I"]
+N = 9  # new tokens
+
+
+def small_lm(seed=6, **overrides):
+    """Three layers of random weights over the embedded preset's vocabulary; window 5."""
+    preprocessor = Gemma2CausalLMPreprocessor.from_preset("gemma2_mini_en")
+    sizes = {"num_layers": 3, "vocabulary_size": 4096, "max_sequence_length": 128, **overrides}
+    backbone = Gemma2Backbone(**{**TINY, **sizes})
+    draw = np.random.default_rng(seed)
+    for variable in backbone.variables:  # the same on each backend
+        # Branches of much weight: else the tied embedding says each token again.
+        variable.assign(draw.normal(3 if "post_" in variable.path else 0, 0.3, variable.shape))
+    return Gemma2CausalLM(backbone, preprocessor)
+
+
+def ask(folder, *requests, kind="text"):
+    """Answers of a clean process, which has neither this package nor Keras's models."""
+    command = [sys.executable, str(Path(__file__).with_name("served.py")), str(folder), kind]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(command, input=pickle.dumps(requests), stdout=subprocess.PIPE, env=environment, check=True)
+    answers, modules = pickle.loads(done.stdout)
+    assert not [name for name in modules if not name.startswith("tensorflow_text")]
+    assert kind == "text" or not modules
+    return answers
+
+
+def generate(texts=TEXTS, n=N, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    numbers = {"temperature": np.float32(temperature), "top_p": np.float32(top_p)}
+    integers = {"max_new_tokens": np.int32(n), "top_k": np.int32(top_k), "seed": np.int32(seed)}
+    return "generate", {"prompts": np.array(texts, object), **numbers, **integers}
+
+
+def default(texts=TEXTS):
+    return "serving_default", {"prompts": np.array(texts, object)}
+
+
+def padded(rows, length, seed=0):
+    """Rows with their tokens anywhere."""
+    draw = np.random.default_rng(seed)
+    ids, mask = np.full((len(rows), length), 77, "int32"), np.zeros((len(rows), length), "int32")
+    for i, row in enumerate(rows):
+        where = np.sort(draw.choice(length, len(row), replace=False))
+        ids[i, where], mask[i, where] = row, 1
+    return {"token_ids": ids, "padding_mask": mask}
+
+
+def decoded(texts):
+    return [text.decode("utf-8") for text in texts]
+
+
+def data_bytes(folder):
+    return sum(path.stat().st_size for path in (folder / "variables").iterdir())
+
+
+def all_bytes(lm):
+    sizes = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+    return sum(int(np.prod(variable.shape)) * sizes[variable.dtype] for variable in lm.backbone.variables)
+
+
+def prompt_rows():
+    draw = np.random.default_rng(3)
+    return [[2, *draw.integers(200, 4096, n - 1).tolist()] for n in (1, 7, 23, 4)]
