@@ -1,7 +1,7 @@
 """Breaks the model on purpose, one line at a time, and checks that the tests notice: `python tests/mutations.py`.
 
 Each mutation is applied to a copy of the package; the tests named with it must fail there. Kept as a list, so that a test
-that stops noticing is noticed. About 10 s a mutation on the torch backend.
+that stops noticing is noticed. About 10 s a mutation on the torch backend, 40 where a graph is exported.
 """
 
 import dataclasses
@@ -25,12 +25,14 @@ class Mutation:
     new: str
     tests: str = "test_parity.py"
     select: str = "test_logits_equal_transformers"
+    backend: str = "torch"
 
 
 ATTENTION, BLOCK, EMBEDDING = "layers/attention.py", "layers/decoder_block.py", "layers/embedding.py"
 BLOCKED, DECODE, DECODING = "layers/blocked_attention.py", "generation/decode.py", "generation/decoding.py"
 FROZEN, DISTILL = "backend/torch_frozen_loss.py", "training/distillation_terms.py"
 LONG = ("test_long_prompts.py", "long_ragged")
+GRAPH = ("test_export_graph.py", "padded_anywhere or pieces or scores", "tensorflow")
 MUTATIONS = [
     Mutation("queries scaled by head_dim (27B)", ATTENTION, "self.query_pre_attn_scalar**-0.5", "self.head_dim**-0.5"),
     Mutation("attention cap dropped", ATTENTION, "soft_cap(self._scores(queries, keys), self.logit_soft_cap)", "self._scores(queries, keys)"),
@@ -60,6 +62,12 @@ MUTATIONS = [
     Mutation("float16 norms not saturated", "layers/numerics.py", "ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == \"float16\" else x", "x", "test_layers.py", "rms_norm_output_dtype"),
     Mutation("positions count padding", "layers/mask.py", "return ops.cumsum(real, axis=-1)", "return ops.cumsum(ops.ones_like(real), axis=-1)", "test_backbone.py", "any_padding"),
     Mutation("padding visible", "layers/mask.py", "ops.logical_and(key_is_real[:, None, :], keys <= queries)", "keys <= queries", "test_backbone.py", "any_padding"),
+    Mutation("a graph's ring one slot longer", "export/graph.py", "ops.minimum(room, window)", "ops.minimum(room, window) + 1", *GRAPH),
+    Mutation("a graph's piece not where it stands", "export/graph.py", "Tokens(None, tf.fill([batch], start),", "Tokens(None, tf.fill([batch], 0),", *GRAPH),
+    Mutation("a graph's rows run on", "export/graph.py", "is_open & ~stopped &", "is_open &", *GRAPH),
+    Mutation("a graph scores the token itself", "export/graph.py", "rows.token_ids[:, 1:], [total]", "rows.token_ids[:, :-1], [total]", *GRAPH),
+    Mutation("a graph reads markers of a message", "export/graph_text.py", "reading_proto(self._tokenizer, False)", "self._tokenizer.proto", "test_export_graph.py", "chat_answers", "tensorflow"),
+    Mutation("idle adapters are exported", "export/graph.py", "if name != layer.active_adapter", "if False", "test_export_saved_model.py", "active_adapter", "tensorflow"),
     Mutation("local layers keep full caches", "cache.py", "length if window is None else min(window + slack, length)", "length", "test_generation.py", "keep_a_ring"),
     Mutation("ring one slot short", "cache.py", "min(window + slack, length)", "min(window - 1, length)", "test_generation.py", "cached_logits"),
     Mutation("ring keeps the prompt's beginning", "cache.py", "positions >= ends - self.slots", "positions < self.slots", "test_generation.py", "cached_logits"),
@@ -119,7 +127,7 @@ def survives(mutation: Mutation, folder: Path) -> bool:
         raise SystemExit(f"{mutation.what}: {mutation.file} no longer has {mutation.old!r}; bring the list up to date.")
     path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", mutation.tests, "-k", mutation.select]
-    environment = {"KERAS_BACKEND": "torch", **os.environ, "PYTHONPATH": str(copy)}
+    environment = {"KERAS_BACKEND": mutation.backend, **os.environ, "PYTHONPATH": str(copy)}
     result = subprocess.run(command, cwd=copy / "tests", env=environment, capture_output=True, text=True)
     if result.returncode not in (0, 1):  # 1: tests failed, which is what is wanted; anything else did not test at all
         raise SystemExit(f"{mutation.what}: pytest ended with {result.returncode}\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
