@@ -62,7 +62,7 @@ MUTATIONS = [
     Mutation("float16 norms not saturated", "layers/numerics.py", "ops.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == \"float16\" else x", "x", "test_layers.py", "rms_norm_output_dtype"),
     Mutation("positions count padding", "layers/mask.py", "return ops.cumsum(real, axis=-1)", "return ops.cumsum(ops.ones_like(real), axis=-1)", "test_backbone.py", "any_padding"),
     Mutation("padding visible", "layers/mask.py", "ops.logical_and(key_is_real[:, None, :], keys <= queries)", "keys <= queries", "test_backbone.py", "any_padding"),
-    Mutation("a graph's ring one slot longer", "export/graph.py", "ops.minimum(room, window)", "ops.minimum(room, window) + 1", *GRAPH),
+    Mutation("a graph's ring one slot short", "export/graph.py", "ops.minimum(room, window)", "ops.minimum(room, window - 1)", *GRAPH),
     Mutation("a graph's piece not where it stands", "export/graph.py", "Tokens(None, tf.fill([batch], start),", "Tokens(None, tf.fill([batch], 0),", *GRAPH),
     Mutation("a graph's rows run on", "export/graph.py", "is_open & ~stopped &", "is_open &", *GRAPH),
     Mutation("a graph scores the token itself", "export/graph.py", "rows.token_ids[:, 1:], [total]", "rows.token_ids[:, :-1], [total]", *GRAPH),
