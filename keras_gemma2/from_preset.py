@@ -97,7 +97,7 @@ class FromPreset:
             return
         from keras_gemma2.layers.low_rank import merged_on_save  # models import this module
 
-        with replacing_folder(target, _bytes(backbone), owned) as staging, merged_on_save():
+        with replacing_folder(target, weights_bytes(backbone), owned) as staging, merged_on_save():
             super().save_to_preset(staging, **kwargs)
 
     def export_to_transformers(
@@ -208,7 +208,7 @@ def _gigabytes(max_shard_size: str | float | None) -> float | None:
     return None if math.isinf(size) else size / GIGABYTE
 
 
-def _bytes(backbone: Any) -> int:
+def weights_bytes(backbone: Any) -> int:
     """How much a preset's weights take on a disk."""
     if backbone is None:
         return 0

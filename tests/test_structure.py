@@ -33,7 +33,6 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Files whose whole subject is a backend library's own format; they import it inside functions.
 EXCEPTIONS = {
-    "benchmarks/export.py",
     "checkpoints/gemma_pytorch.py",
     "export/graph.py",
     "export/graph_text.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import tensorflow as tf
 
@@ -25,6 +26,11 @@ def dynamic_graph() -> Iterator[None]:
         yield
     finally:
         _IN_SCOPE.reset(token)
+
+
+def load(folder: str) -> Any:
+    """The SavedModel in a folder; to be kept as long as one of its functions is used."""
+    return tf.saved_model.load(folder)
 
 
 def product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:

@@ -95,7 +95,7 @@ def _numbers(options: argparse.Namespace) -> dict[str, Any]:
 def _make(options: argparse.Namespace, folder: str) -> dict[str, float]:
     """Exports; times `generate` on the way."""
     from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
-    from keras_gemma2.from_preset import _bytes
+    from keras_gemma2.from_preset import weights_bytes
 
     lm = Gemma2CausalLM(Gemma2Backbone(**_numbers(options)), None)
     wrote = seconds(lambda: lm.export(folder, max_new_tokens=options.new_tokens, stop_token_ids=None, sampler="greedy"))
@@ -104,7 +104,7 @@ def _make(options: argparse.Namespace, folder: str) -> dict[str, float]:
         return lm.generate(_inputs(1, PROMPT), max_new_tokens=count, stop_token_ids=None)
 
     token = _token_time(write, options.new_tokens)
-    return {"weights": float(_bytes(lm.backbone)), "size": _size(folder), "generate": token, "seconds": wrote}
+    return {"weights": float(weights_bytes(lm.backbone)), "size": _size(folder), "generate": token, "seconds": wrote}
 
 
 def _make_keras_hub(options: argparse.Namespace, folder: str) -> dict[str, float]:
@@ -128,19 +128,20 @@ def _read(folder: str) -> list[Any]:
 
 
 def _load(folder: str) -> tuple[Any, float]:
-    import tensorflow as tf
+    import keras
 
-    tf.constant(0.0)  # TensorFlow's own start-up
+    from keras_gemma2.backend.tensorflow_graph import load
+
+    keras.ops.zeros(1)  # TensorFlow's own start-up
     start = time.perf_counter()
-    return tf.saved_model.load(folder), time.perf_counter() - start
+    return load(folder), time.perf_counter() - start
 
 
 def _decoding(options: argparse.Namespace, folder: str) -> float:
-    import tensorflow as tf
+    from keras import ops
 
-    served = _load(folder)[0]
-    inputs = {name: tf.constant(array) for name, array in _inputs(1, PROMPT).items()}
-    length = tf.constant(PROMPT + options.new_tokens)
+    served, inputs = _load(folder)[0], _tensors(1, PROMPT)
+    length = ops.convert_to_tensor(PROMPT + options.new_tokens, "int32")
 
     def write(count: int) -> Any:
         if count > 1:
@@ -151,10 +152,7 @@ def _decoding(options: argparse.Namespace, folder: str) -> float:
 
 
 def _scoring(folder: str) -> float:
-    import tensorflow as tf
-
-    served = _load(folder)[0]
-    inputs = {name: tf.constant(array) for name, array in _inputs(ROWS, LENGTH).items()}
+    served, inputs = _load(folder)[0], _tensors(ROWS, LENGTH)
 
     def score() -> Any:
         return served.signatures["score"](**inputs)
@@ -164,15 +162,14 @@ def _scoring(folder: str) -> float:
 
 
 def _scoring_keras_hub(folder: str) -> float:
-    import tensorflow as tf
+    from keras import ops
 
-    served = _load(folder)[0]
-    inputs = {name: tf.constant(array) for name, array in _inputs(ROWS, LENGTH).items()}
+    served, inputs = _load(folder)[0], _tensors(ROWS, LENGTH)
 
     def score() -> Any:
         logits = served.serve(inputs)[:, :-1]
-        chosen = tf.gather(logits, inputs["token_ids"][:, 1:], batch_dims=2)
-        return chosen - tf.reduce_logsumexp(logits, axis=-1)
+        chosen = ops.take_along_axis(logits, inputs["token_ids"][:, 1:, None], axis=-1)[..., 0]
+        return chosen - ops.logsumexp(logits, axis=-1)
 
     score()
     return repeated(score, REPEATS)
@@ -183,6 +180,12 @@ def _inputs(rows: int, length: int) -> dict[str, Any]:
 
     token_ids = np.random.default_rng(0).integers(3, 1000, (rows, length)).astype("int32")
     return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+
+
+def _tensors(rows: int, length: int) -> dict[str, Any]:
+    from keras import ops
+
+    return {name: ops.convert_to_tensor(array) for name, array in _inputs(rows, length).items()}
 
 
 def _token_time(write: Callable[[int], Any], count: int) -> float:

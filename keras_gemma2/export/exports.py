@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from keras_gemma2.export.saved_model import export_saved_model
+from keras_gemma2.export.saved_model import check_folder, read_settings, write_folder
+from keras_gemma2.staging import folder_path
 
 
 class Exports:
@@ -44,7 +45,7 @@ class Exports:
                 "`input_signature` is not for format='tf_saved_model': its signatures take any batch and length. Leave it out. "
                 f"Received: {input_signature!r}."
             )
-        export_saved_model(self, filepath, **kwargs)
+        self.export_saved_model(filepath, **kwargs)
 
     def export_saved_model(
         self,
@@ -103,4 +104,7 @@ prompt and new tokens |
             >>> served = tf.saved_model.load("./served/1")
             >>> served.signatures["serving_default"](prompts=tf.constant(["The state of our union is"]))["completions"]
         """
-        export_saved_model(self, folder, max_new_tokens, sampler, chat, stop_token_ids, signatures, overwrite)
+        target = folder_path(folder, "folder")
+        settings = read_settings(self, max_new_tokens, sampler, chat, stop_token_ids, signatures)
+        check_folder(target, overwrite)
+        write_folder(self, target, settings)

@@ -14,9 +14,10 @@ import keras
 
 from keras_gemma2.errors import CheckpointError
 from keras_gemma2.export.signatures import SIGNATURES, TEXT_SIGNATURES, TOKEN_SIGNATURES, Settings, Signatures
+from keras_gemma2.from_preset import weights_bytes
 from keras_gemma2.generation.requests import GREEDY, check_length, read_sampler, read_stop_token_ids
 from keras_gemma2.generation.sampler import Sampler
-from keras_gemma2.staging import folder_path, replacing_folder
+from keras_gemma2.staging import replacing_folder
 
 # What TensorFlow writes, as patterns of paths.
 FILES = ("saved_model.pb", "fingerprint.pb", "variables/*", "assets/*", "assets.extra/*")
@@ -24,27 +25,19 @@ LINES_OF_ERRORS = 12
 _NO_TENSORFLOW = "A SavedModel is written by TensorFlow, which is not installed. Install it with `pip install tensorflow`."
 
 
-def export_saved_model(
-    lm: Any,
-    folder: str | os.PathLike[str],
-    max_new_tokens: int = 128,
-    sampler: Any = None,
-    chat: bool = False,
-    stop_token_ids: str | Sequence[int] | None = "auto",
-    signatures: Sequence[str] | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Writes a SavedModel; see `Gemma2CausalLM.export_saved_model`."""
-    target = folder_path(folder, "folder")
-    settings = _read_settings(lm, max_new_tokens, sampler, chat, stop_token_ids, signatures)
-    check_folder(target, overwrite)
-    size = sum(_bytes_of(variable) for variable in lm.backbone.variables)
-    in_process = keras.backend.backend() == "tensorflow"
-    with replacing_folder(target, size if in_process else 2 * size, FILES) as staging:
-        if in_process:
-            write(lm, staging, settings)
-        else:
-            _write_elsewhere(lm, staging, settings)
+def write_folder(lm: Any, target: str, settings: Settings) -> None:
+    """Writes a SavedModel to a folder, which changes in one step, from whatever backend.
+
+    Raises:
+        CheckpointError: if the folder cannot be written or the disk is full.
+    """
+    size, here = weights_bytes(lm.backbone), _traces_here()
+    with replacing_folder(target, size if here else 2 * size, FILES) as staging:
+        (write if here else _write_elsewhere)(lm, staging, settings)
+
+
+def _traces_here() -> bool:
+    return keras.backend.backend() == "tensorflow"
 
 
 def write(lm: Any, folder: str, settings: Settings) -> None:
@@ -61,9 +54,10 @@ def write(lm: Any, folder: str, settings: Settings) -> None:
         archive.write_out(folder, verbose=False)
 
 
-def _read_settings(
+def read_settings(
     lm: Any, max_new_tokens: Any, sampler: Any, chat: bool, stop_token_ids: Any, signatures: Sequence[str] | None
 ) -> Settings:
+    """What an export fixes, checked; the arguments and errors are those of `Gemma2CausalLM.export_saved_model`."""
     max_new_tokens = check_length("max_new_tokens", max_new_tokens, None)
     samplers, _ = read_sampler(lm, sampler, None, 1)
     chosen = samplers[0] if isinstance(samplers, list) else samplers
@@ -97,14 +91,6 @@ def check_folder(target: str, overwrite: bool) -> None:
         raise CheckpointError(
             f"The folder {target!r} is not empty. Choose another, or pass `overwrite=True` to replace the SavedModel in it."
         )
-
-
-def _bytes_of(variable: Any) -> int:
-    sizes = {"int8": 1, "uint8": 1, "bool": 1, "float16": 2, "bfloat16": 2, "float64": 8, "int64": 8}
-    count = 1
-    for length in variable.shape:
-        count *= length
-    return count * sizes.get(variable.dtype, 4)
 
 
 # From another backend ---------------------------------------------------------------------------------------------------
