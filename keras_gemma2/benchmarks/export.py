@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
         for step in STEPS:
             if not (options.no_peers and step.endswith("keras_hub")):
                 found |= in_fresh_process("export", "tensorflow", "--child", step, *shared)
-    print(f"Gemma 2 2B's widths, {options.layers} layers, {options.dtype}; {device_name()}\n")
+    widths = "Narrow layers" if options.quick else "Gemma 2 2B's widths"
+    print(f"{widths}, {options.layers} layers, {options.dtype}; {device_name()}\n")
     print("\n".join(_table(found)))
 
 
