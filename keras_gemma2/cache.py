@@ -47,6 +47,7 @@ class Tokens:
         counts: int32 `[b]`, tokens of each row that are real; the rest, on the right, is padding.
         steps: T, tokens of each row, padding included; in a graph of dynamic sizes a scalar tensor.
         fresh: whether nothing stands before them in the caches.
+        whole: whether attention reads all slots of a cache at once, as programs without loops do.
     """
 
     rows: Any
@@ -54,6 +55,7 @@ class Tokens:
     counts: Any
     steps: Any
     fresh: bool = False
+    whole: bool = False
 
     @property
     def positions(self) -> Any:
@@ -106,7 +108,7 @@ class LayerCache:
     def _over_slots(self, softmax: RunningSoftmax, state: Any, last: Any) -> Any:
         """Adds the cached tokens up to position `last [b]`, block by block; blocks that hold none are not read."""
         is_static = isinstance(self.slots, int)
-        if is_static and self.slots <= BLOCK:
+        if self.tokens.whole or (is_static and self.slots <= BLOCK):
             return self._add_block(softmax, state, last, 0, self.slots)
         size = BLOCK if is_static else ops.minimum(self.slots, BLOCK)
         filled = ops.minimum(ops.max(last) + 1, self.slots)
@@ -122,7 +124,7 @@ class LayerCache:
         # The last block is moved to the left where it would pass the end; slots before `first` were in the block before.
         start = 0 if size is self.slots else ops.minimum(first, self.slots - size)
         slots = start + ops.arange(size, dtype="int32")[None, :]
-        positions = last[:, None] - ops.mod(last[:, None] - slots, self.slots)
+        positions = last[:, None] - (last[:, None] - slots) % self.slots  # operators, which PyTorch's symbolic sizes pass
         real = ops.logical_and(positions >= 0, slots >= first)
         mask = attention_mask(self.tokens.positions, positions, real, self.window)
         keys, values = (backend.read_slots(x, self.tokens.rows, start, size) for x in self.stored)
@@ -137,7 +139,7 @@ class LayerCache:
         """Writes the last tokens that fit, each in its slot; padding, and older tokens of a ring, go to the slot more."""
         positions, ends = self.tokens.positions, (self.tokens.starts + self.tokens.counts)[:, None]
         kept = ops.logical_and(positions < ends, positions >= ends - self.slots)
-        slots = ops.where(kept, ops.mod(positions, self.slots), self.slots)
+        slots = self.slots + ops.cast(kept, "int32") * (positions % self.slots - self.slots)
         rows = self.tokens.rows
         if rows is None:
             rows = ops.arange(ops.shape(keys)[0], dtype="int32")

@@ -321,11 +321,12 @@ def _finetune(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from keras_gemma2.cli_export import export_command
+    from keras_gemma2.cli_export import export_backend, export_command
     from keras_gemma2.presets.registry import resolve
 
+    needed = export_backend(options)
     resolve(options.preset)  # before the seconds that a backend takes to import
-    _choose_backend("tensorflow")
+    _choose_backend(needed)
     return export_command(options)
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-FORMATS = ("saved_model",)
+# What `Gemma2CausalLM.export` calls each, and the backend that writes it.
+FORMATS = {
+    "saved_model": ("tf_saved_model", "tensorflow"),
+    "onnx": ("onnx", "torch"),
+    "openvino": ("openvino", "torch"),
+    "litert": ("litert", "tensorflow"),
+    "stablehlo": ("stablehlo", "jax"),
+    "torch": ("torch", "torch"),
+}
 
 
 def add_options(add: Callable[..., Any], number: Callable[..., Any], probability: Callable[..., Any]) -> None:
@@ -24,36 +31,50 @@ def add_options(add: Callable[..., Any], number: Callable[..., Any], probability
     add("--dtype", help="float32, bfloat16, ... (default: what the preset says)")
     add("--quantize", choices=("int8", "int4"), help="keep the weights in fewer bits")
     add("--adapter", metavar="FOLDER", help="an adapter in PEFT's format, to go along")
-    add("--chat", action="store_true", help="prompts are a user's messages to be answered, in Gemma's chat format")
-    help = "of the signatures whose length is fixed (default: %(default)s)"
-    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help=help)
-    add("--temperature", type=number(float, 0), default=0.0, metavar="X", help="of those; 0 is greedy (default)")
-    add("--top-k", type=number(int, 0), default=0, metavar="K", help="of those; 0 is off (default)")
-    add("--top-p", type=probability, default=1.0, metavar="P", help="of those; 1 is off (default)")
-    add("--signatures", nargs="+", metavar="NAME", help="those to write (default: all); see the README")
-    add("--overwrite", action="store_true", help="replace the SavedModel in a folder that is not empty")
+    add("--overwrite", action="store_true", help="replace the export in a folder that is not empty")
+    chat = "saved_model: prompts are a user's messages to be answered, in Gemma's chat format"
+    add("--chat", action="store_true", default=None, help=chat)
+    help = "saved_model: of the signatures whose length is fixed (default: 128)"
+    add("--max-new-tokens", type=number(int, 1), metavar="N", help=help)
+    add("--temperature", type=number(float, 0), metavar="X", help="saved_model: of those; 0 is greedy (default)")
+    add("--top-k", type=number(int, 0), metavar="K", help="saved_model: of those; 0 is off (default)")
+    add("--top-p", type=probability, metavar="P", help="saved_model: of those; 1 is off (default)")
+    add("--signatures", nargs="+", metavar="NAME", help="saved_model: those to write (default: all); see the README")
+    add("--batch-size", type=number(int, 1), metavar="B", help="litert: rows (default: 1)")
+    add("--cache-length", type=number(int, 2), metavar="N", help="litert: tokens that a row has room for (default: 1024)")
+    add("--prefill-length", type=number(int, 1), metavar="N", help="litert: tokens of a prompt that run at a time (default: 64)")
+
+
+_OPTIONS = {
+    "saved_model": ("chat", "max_new_tokens", "temperature", "top_k", "top_p", "signatures"),
+    "litert": ("batch_size", "cache_length", "prefill_length"),
+}
+
+
+def export_backend(options: argparse.Namespace) -> str:
+    """The backend of the process that writes what is asked for; raises a ValueError for options of another format."""
+    for format, names in _OPTIONS.items():
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+        if given and format != options.format:
+            raise ValueError(f"argument {given[0]}: is for --format {format}, not for --format {options.format}")
+    return FORMATS[options.format][1]
 
 
 def export_command(options: argparse.Namespace) -> int:
-    """Runs the command, in this process, whose backend is TensorFlow; returns its exit code."""
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ValueError("A SavedModel is written by TensorFlow. Install it with: pip install tensorflow")
+    """Runs the command, in this process, whose backend writes the format; returns its exit code."""
     from keras_gemma2 import Gemma2CausalLM, Sampler
     from keras_gemma2.export.saved_model import check_folder
     from keras_gemma2.staging import folder_path
 
     check_folder(folder_path(options.folder, "folder"), options.overwrite)  # before a model loads
-    sampler = Sampler(options.temperature, options.top_k or None, options.top_p)
+    names = _OPTIONS.get(options.format, ())
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.format == "saved_model":
+        numbers = [given.pop(name, off) for name, off in (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0))]
+        given["sampler"] = Sampler(numbers[0], numbers[1] or None, numbers[2])
     lm = Gemma2CausalLM.from_preset(options.preset, dtype=options.dtype, quantize=options.quantize)
     if options.adapter is not None:
         lm.load_adapter(options.adapter)
-    lm.export_saved_model(
-        options.folder,
-        max_new_tokens=options.max_new_tokens,
-        sampler=sampler,
-        chat=options.chat,
-        signatures=options.signatures,
-        overwrite=options.overwrite,
-    )
-    print(f"SavedModel in {options.folder}")
+    lm.export(options.folder, format=FORMATS[options.format][0], overwrite=options.overwrite, **given)
+    print(f"{'SavedModel' if options.format == 'saved_model' else options.format} in {options.folder}")
     return 0

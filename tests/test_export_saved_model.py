@@ -85,7 +85,7 @@ def test_codes_and_the_active_adapter_go_along(tmp_path):
         ({"max_new_tokens": 0}, "`max_new_tokens` must be an integer of at least 1"),
         ({"signatures": ["serve"]}, "`signatures` must be a list of names out of .*serving_default.*Received: .'serve'"),
         ({"signatures": []}, "`signatures` must be a list of names"),
-        ({"input_signature": [1]}, "`input_signature` is not for format='tf_saved_model'"),
+        ({"input_signature": [1]}, "`input_signature` is not for Gemma 2"),
         ({"stop_token_ids": [5000]}, "`stop_token_ids` must be"),
     ],
 )
@@ -110,7 +110,7 @@ def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
     with pytest.raises(keras_gemma2.CheckpointError, match="is not empty.*overwrite=True"):
         lm.export(folder)
     monkeypatch.setattr(saved_model, "write", fake_write)
-    monkeypatch.setattr(saved_model, "_write_elsewhere", fake_write)
+    monkeypatch.setattr(saved_model, "write_elsewhere", fake_write)
     lm.export(folder, overwrite=True)
     assert (folder / "mine.txt").read_text() == "kept" and (folder / "saved_model.pb").read_text() == "new"
     file = tmp_path / "file"
@@ -119,18 +119,18 @@ def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
         lm.export(file)
 
 
-def fake_write(lm, folder, settings):
+def fake_write(lm, folder, *settings):
     Path(folder, "saved_model.pb").write_text("new")
 
 
-def full_disk(lm, folder, settings):
+def full_disk(lm, folder, *settings):
     Path(folder, "saved_model.pb").write_text("half")
     raise OSError(28, "No space left on device")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, lm, monkeypatch):
     monkeypatch.setattr(saved_model, "write", full_disk)
-    monkeypatch.setattr(saved_model, "_write_elsewhere", full_disk)
+    monkeypatch.setattr(saved_model, "write_elsewhere", full_disk)
     with pytest.raises(keras_gemma2.CheckpointError, match="is full"):
         lm.export(tmp_path / "a" / "served")
     assert not list(tmp_path.iterdir())
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, lm, monkeypatch):
 
 def test_somebody_elses_folder(lm, monkeypatch):
     monkeypatch.setattr(saved_model, "write", fake_write)
-    monkeypatch.setattr(saved_model, "_write_elsewhere", fake_write)
+    monkeypatch.setattr(saved_model, "write_elsewhere", fake_write)
     with unprivileged() as parent:
         os.chmod(parent, 0o555)
         with pytest.raises(keras_gemma2.CheckpointError, match="cannot be written: .*Permission denied"):

@@ -40,7 +40,7 @@ def linear(x: jax.Array, kernel: Any, dtype: str, float32_output: bool = False) 
     sums_dtype = out_dtype
     if dtype == "bfloat16" and jax.default_backend() == "cpu":
         # For any other dtype of sums, or for one row, XLA would widen the kernel as a whole first.
-        sums_dtype, rows = jnp.float32, jnp.concatenate([rows, rows]) if len(rows) == 1 else rows
+        sums_dtype, rows = jnp.float32, jnp.concatenate([rows, rows]) if rows.shape[0] == 1 else rows
     out = jax.lax.dot_general(rows, kernel, (((1,), (1,)), ((), ())), preferred_element_type=sums_dtype)
     return out[: x.size // x.shape[-1]].astype(out_dtype).reshape(*x.shape[:-1], kernel.shape[0])
 

@@ -134,6 +134,7 @@ def write_slots(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, s
     if 0 in cache.stride():  # rows that share their memory, as those of several beams do at first
         cache = cache.clone(memory_format=torch.contiguous_format)
     # Advanced indices around a slice move to the front: the indexed view is [b, T, K, H].
+    rows, slots = rows.long(), slots.long()  # ONNX, where this may be exported to, writes to no others
     cache[rows[:, None], :, slots] = values.transpose(1, 2).to(cache.dtype)
     return cache
 

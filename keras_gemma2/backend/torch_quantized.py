@@ -19,7 +19,9 @@ def product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mode: st
     """`x [..., in]` times the quantized matrix transposed, in float32: `[..., out]`."""
     rows = x.reshape(-1, x.shape[-1]).float()
     out = _packed_product(rows, codes, scales, mode)
-    if out is None:
+    if out is None and torch.compiler.is_exporting():  # compilers of other runtimes know the codes by this, and blocks hide them
+        out = torch.nn.functional.linear(rows, dequantized(codes, scales, mode))
+    elif out is None:
         # Another tensor of the same memory, which stays whole if another thread packs the parameter meanwhile.
         out = _Widened.apply(rows, plain(codes).detach(), scales, mode)
     return out.reshape(*x.shape[:-1], codes.shape[0])
@@ -67,6 +69,10 @@ def dequantized(codes: torch.Tensor, scales: torch.Tensor, mode: str) -> torch.T
     """Rows of a quantized matrix in float32."""
     if mode == "int8":
         return codes.float() * scales
-    halves = torch.stack([codes & 15, codes >> 4], dim=1)
+    if torch.compiler.is_exporting():  # ONNX has no bitwise arithmetic of bytes that all runtimes know
+        high = torch.floor(codes.float() / 16)
+        halves = torch.stack([codes.float() - 16 * high, high], dim=1)
+    else:
+        halves = torch.stack([codes & 15, codes >> 4], dim=1)
     values = halves.reshape(*scales.shape, -1).float().sub_(8).mul_(scales[:, :, None])
     return values.reshape(codes.shape[0], -1)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from keras_gemma2.export.programs import check_format, read_sizes, write_program
 from keras_gemma2.export.saved_model import check_folder, read_settings, write_folder
 from keras_gemma2.staging import folder_path
 
@@ -19,33 +20,64 @@ class Exports:
         format: str = "tf_saved_model",
         verbose: bool | None = None,
         input_signature: Any = None,
+        overwrite: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Writes the model for another runtime.
+        """Writes the model for another runtime, to a folder.
+
+        | format | runtime | what is written |
+        |---|---|---|
+        | "tf_saved_model" | TensorFlow | a SavedModel that reads and writes text: see `export_saved_model` |
+        | "onnx" | ONNX Runtime | `model.onnx`, `model.onnx.data` |
+        | "openvino" | OpenVINO | `model.xml`, `model.bin` |
+        | "litert" | LiteRT, once TensorFlow Lite | `model.tflite`, with the signatures `prefill` and `decode` |
+        | "stablehlo" | JAX on CPU, GPU and TPU | `model.stablehlo`, `model.safetensors` |
+        | "torch" | PyTorch, by `torch.export` | `model.pt2` |
+
+        All but the first are one function, a step of a generator's loop, over one copy of the weights:
+        `(token_ids [B, T], starts [B], counts [B], caches) -> logits [B, V], new caches`. It runs the `counts` first tokens of each
+        row (a prompt, a piece of one, or the token chosen last) behind the `starts` tokens that the caches hold, and gives the
+        float32 logits of what follows the last of them. Caches are `[B, K, slots, H]`, zeros at first; one for n tokens has
+        `min(n + 1, most_slots)` slots, with `most_slots` as `export.json` beside the model says for each. B, T and the slots are
+        free, but in "litert", which fixes them; "torch" writes to the caches it is given and returns logits only.
+        `examples/run_exported.py` is such a loop, for each of the runtimes. `tokenizer.model` is the vocabulary.
+
+        Weights keep their dtype, int8 and int4 their codes; an active adapter goes along. Each format is written by the backend its
+        runtime belongs to (PyTorch for ONNX and OpenVINO), if need be in another process, as `export_saved_model` says.
 
         Args:
-            filepath: the folder or file to write.
-            format: "tf_saved_model", which writes text (see `export_saved_model`), or another of `keras.Model.export`'s, which
-                writes the forward pass alone, as Keras does it.
-            verbose, input_signature: for the other formats, as `keras.Model.export` takes them.
-            **kwargs: what `export_saved_model` takes, or for other formats `keras.Model.export`.
+            filepath: the folder, as `export_saved_model` takes it.
+            format: of the table.
+            verbose, input_signature: of `keras.Model.export`; without effect, and refused.
+            overwrite: as `export_saved_model` takes it.
+            **kwargs: for "tf_saved_model", what `export_saved_model` takes; for "litert", `batch_size` (1 if not given),
+                `cache_length` (up to 1024: tokens a row may have) and `prefill_length` (up to 64: tokens of a row that a call of
+                `prefill` takes).
 
         Raises:
-            ValueError: as `export_saved_model`, or for an `input_signature` with "tf_saved_model", whose sizes are all dynamic.
+            ValueError: as `export_saved_model`; for an unknown format, an `input_signature`, sizes out of range, or a model that the
+                runtime has no arithmetic for: "onnx" and "litert" compute in float32, and "litert" has no 4 bits.
+            CheckpointError: as `export_saved_model`.
+            ImportError: if what writes the format is not installed.
 
         Example:
             >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
             >>> lm.export("./served/1", max_new_tokens=64)
+            >>> lm.export("./onnx", format="onnx")
         """
-        if format != "tf_saved_model":
-            super().export(filepath, format=format, verbose=verbose, input_signature=input_signature, **kwargs)
-            return
         if input_signature is not None:
             raise ValueError(
-                "`input_signature` is not for format='tf_saved_model': its signatures take any batch and length. Leave it out. "
+                f"`input_signature` is not for Gemma 2, whose exports have signatures of their own. Leave it out. "
                 f"Received: {input_signature!r}."
             )
-        self.export_saved_model(filepath, **kwargs)
+        if format == "tf_saved_model":
+            self.export_saved_model(filepath, overwrite=overwrite, **kwargs)
+            return
+        check_format(format, self.backbone)
+        target = folder_path(filepath, "filepath")
+        sizes = read_sizes(self, format, **_known(kwargs, format))
+        check_folder(target, overwrite)
+        write_program(self, target, format, sizes)
 
     def export_saved_model(
         self,
@@ -108,3 +140,11 @@ prompt and new tokens |
         settings = read_settings(self, max_new_tokens, sampler, chat, stop_token_ids, signatures)
         check_folder(target, overwrite)
         write_folder(self, target, settings)
+
+
+def _known(arguments: dict[str, Any], format: str) -> dict[str, Any]:
+    """The sizes among some arguments; others are refused."""
+    sizes = {name: arguments.pop(name, None) for name in ("batch_size", "cache_length", "prefill_length")}
+    if arguments:
+        raise TypeError(f"`export` with format={format!r} has no {', '.join(f'`{name}`' for name in arguments)}.")
+    return sizes

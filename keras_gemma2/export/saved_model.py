@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from keras_gemma2.errors import CheckpointError
+from keras_gemma2.export.elsewhere import write_elsewhere
 from keras_gemma2.export.signatures import SIGNATURES, TEXT_SIGNATURES, TOKEN_SIGNATURES, Settings, Signatures
 from keras_gemma2.from_preset import weights_bytes
 from keras_gemma2.generation.requests import GREEDY, check_length, read_sampler, read_stop_token_ids
@@ -21,8 +19,6 @@ from keras_gemma2.staging import replacing_folder
 
 # What TensorFlow writes, as patterns of paths.
 FILES = ("saved_model.pb", "fingerprint.pb", "variables/*", "assets/*", "assets.extra/*")
-LINES_OF_ERRORS = 12
-_NO_TENSORFLOW = "A SavedModel is written by TensorFlow, which is not installed. Install it with `pip install tensorflow`."
 
 
 def write_folder(lm: Any, target: str, settings: Settings) -> None:
@@ -30,10 +26,16 @@ def write_folder(lm: Any, target: str, settings: Settings) -> None:
 
     Raises:
         CheckpointError: if the folder cannot be written or the disk is full.
+        ImportError: where TensorFlow is missing.
     """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError("A SavedModel is written by TensorFlow, which is not installed. Install with: pip install tensorflow")
     size, here = weights_bytes(lm.backbone), _traces_here()
     with replacing_folder(target, size if here else 2 * size, FILES) as staging:
-        (write if here else _write_elsewhere)(lm, staging, settings)
+        if here:
+            write(lm, staging, settings)
+        else:
+            write_elsewhere(lm, staging, "tensorflow", "tf_saved_model", _settings_config(settings))
 
 
 def _traces_here() -> bool:
@@ -93,31 +95,7 @@ def check_folder(target: str, overwrite: bool) -> None:
         )
 
 
-# From another backend ---------------------------------------------------------------------------------------------------
-
-
-def _write_elsewhere(lm: Any, folder: str, settings: Settings) -> None:
-    """Carries the weights into a process whose backend is TensorFlow, by files beside the folder."""
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".exporting-") as place:
-        preset = os.path.join(place, "preset")
-        adapters = lm.backbone.adapter_set
-        if adapters.active is not None:  # as it is, and not merged: codes of 8 or 4 bits could not hold the sum
-            lm.save_adapter(os.path.join(place, "adapter"))
-        with adapters.only(None):
-            lm.save_to_preset(preset)
-        with open(os.path.join(place, "settings.json"), "w", encoding="utf-8") as file:
-            json.dump(_settings_config(settings), file)
-        # On the CPU, whatever the devices are: those may be this process's.
-        environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-        command = [sys.executable, "-m", "keras_gemma2.export.elsewhere", place, folder]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        if "No module named 'tensorflow'" in done.stderr:
-            raise ImportError(_NO_TENSORFLOW)
-        lines = "\n".join(done.stderr.strip().splitlines()[-LINES_OF_ERRORS:])
-        if "No space left on device" in done.stderr:
-            raise OSError(28, f"No space left on device: the process that writes the SavedModel said\n{lines}")
-        raise RuntimeError(f"The process that writes the SavedModel ended with code {done.returncode}:\n{lines}")
+# For another process ----------------------------------------------------------------------------------------------------
 
 
 def _settings_config(settings: Settings) -> dict[str, Any]:

@@ -1,0 +1,240 @@
+"""ONNX, OpenVINO, LiteRT, StableHLO and PyTorch's programs, each in its real runtime, without Keras and this package.
+
+Each format is tested in full on the backend that writes it; what another backend hands over is tested once.
+"""
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from exported import TOLERANCE, all_bytes, small_lm
+
+import keras_gemma2
+from keras_gemma2 import Gemma2CausalLM
+from keras_gemma2.export.programs import FORMATS
+
+HERE = [name for name, format in FORMATS.items() if format.backend == keras.backend.backend()]
+ELSEWHERE = {"jax": "litert", "tensorflow": "stablehlo", "torch": "stablehlo"}[keras.backend.backend()]
+N, PIECE = 12, 100
+# A row of over 1,024 tokens: where `generate` reads caches in blocks, the programs read them whole.
+LONG, CONTEXT = 1_100, 1_400
+EMBEDDING = 4096 * 42 * 4  # bytes
+
+
+def prompts(longest=LONG):
+    draw = np.random.default_rng(3)
+    return [[2, *draw.integers(200, 4096, n - 1).tolist()] for n in (1, 7, longest, 23)]
+
+
+def run(folder, rows, count=N, batch=4):
+    """Tokens `[B, n]` and logits `[B, n, V]` of a clean process."""
+    command = [sys.executable, str(Path(__file__).with_name("ran.py")), str(folder)]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    request = pickle.dumps((rows, count, PIECE, batch))
+    done = subprocess.run(command, input=request, stdout=subprocess.PIPE, env=environment, check=True)
+    tokens, logits, ours = pickle.loads(done.stdout)
+    assert not ours
+    return tokens, logits
+
+
+def expected_logits(lm, rows, tokens):
+    """The logits of each of a row's new tokens, by the forward pass without caches."""
+    found = []
+    for row, new in zip(rows, tokens):
+        ids = np.array([row + new.tolist()])
+        hidden = lm.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})[:, len(row) - 1 : -1]
+        found.append(keras.ops.convert_to_numpy(lm.backbone.token_embedding(hidden, reverse=True))[0])
+    return np.stack(found)
+
+
+def generated(lm, rows, count=N):
+    found = []
+    for row in rows:
+        inputs = {"token_ids": np.array([row]), "padding_mask": np.ones((1, len(row)), "int32")}
+        out = lm.generate(inputs, max_new_tokens=count, stop_token_ids=None)["token_ids"]
+        found.append(keras.ops.convert_to_numpy(out)[0, len(row) : len(row) + count])
+    return np.stack(found)
+
+
+def size(folder):
+    """Bytes of the largest file there, which holds the weights."""
+    return max((folder / name).stat().st_size for name in FORMATS[json.loads((folder / "export.json").read_text())["format"]].files)
+
+
+def dequantized(lm):
+    """A model of the floats that another's codes stand for, which `generate` rounds no activations for."""
+    plain = small_lm(max_sequence_length=lm.backbone.max_sequence_length)
+    for name, weight in lm.backbone.named_weights().items():
+        plain.backbone.named_weights()[name].assign(np.asarray(weight.numpy()))
+    return plain
+
+
+@pytest.mark.parametrize("format", HERE)
+def test_tokens_and_logits(tmp_path, format):
+    """Ragged rows in one batch, in pieces, with rings that turn; one copy of the weights; no path of this machine."""
+    lm, rows = small_lm(max_sequence_length=CONTEXT), prompts()
+    sizes = {"cache_length": LONG + N, "prefill_length": PIECE} if format == "litert" else {}
+    lm.export(tmp_path / "a" / "model", format=format, **sizes)
+    folder = tmp_path / "a" / "model"
+    tokens, logits = run(folder, rows, batch=1 if format == "litert" else 4)
+    assert len(np.unique(tokens)) > 20 and np.array_equal(tokens, generated(lm, rows))
+    assert np.abs(logits - expected_logits(lm, rows, tokens)).max() < TOLERANCE
+    if format != "torch":  # whose file has a megabyte of JSON about its operations
+        assert all_bytes(lm) - 4096 < size(folder) < all_bytes(lm) + EMBEDDING / 2
+    for path in folder.iterdir():
+        assert str(Path(keras_gemma2.__file__).parent).encode() not in path.read_bytes(), path.name
+    assert (folder / "tokenizer.model").read_bytes() == lm.preprocessor.tokenizer.proto
+    assert list((tmp_path / "a").iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("format", HERE)
+def test_codes_stay_codes(tmp_path, format):
+    """The programs multiply by what the codes stand for; the embedding is stored once, a byte a weight."""
+    lm, rows = small_lm(), prompts(40)
+    lm.quantize("int8")
+    lm.export(tmp_path / "model", format=format)
+    tokens, logits = run(tmp_path / "model", rows, batch=1 if format == "litert" else 4)
+    exact = dequantized(lm)
+    # XLA's products for CPUs take rows in whole numbers up to 32,000 of their largest; the others are float32's.
+    assert np.abs(logits - expected_logits(exact, rows, tokens)).max() < (0.02 if format == "stablehlo" else TOLERANCE)
+    if format != "stablehlo":
+        assert np.array_equal(tokens, generated(exact, rows))
+    assert size(tmp_path / "model") < all_bytes(exact) * (3 if format == "torch" else 0.9)
+    codes = lm.backbone.named_weights()["token_embedding/embeddings"].codes
+    held = b"".join(path.read_bytes() for path in (tmp_path / "model").iterdir() if path.suffix != ".pt2")
+    assert held.count(keras.ops.convert_to_numpy(codes).tobytes()) == (format != "torch")
+
+
+@pytest.mark.parametrize("format", [name for name in HERE if "int4" in FORMATS[name].modes and name != "openvino"])
+def test_four_bits_and_an_idle_adapter(tmp_path, format):
+    """int4 codes with an adapter over them, which is not merged; one that is not active stays behind."""
+    lm, rows = small_lm(), prompts(40)
+    lm.quantize("int4")
+    draw = np.random.default_rng(1)
+    for name in ("idle", "used"):
+        lm.enable_lora(rank=16, targets=["query", "down"], name=name)
+        for variable in lm.trainable_variables:
+            variable.assign(draw.normal(0, 0.5, variable.shape))
+    lm.export(tmp_path / "model", format=format)
+    tokens, logits = run(tmp_path / "model", rows)
+    plain = dequantized(lm)
+    before = expected_logits(plain, rows, tokens)
+    lm.save_adapter(tmp_path / "adapter")
+    plain.load_adapter(tmp_path / "adapter")
+    assert np.array_equal(tokens, generated(plain, rows))
+    expected = expected_logits(plain, rows, tokens)
+    assert np.abs(logits - expected).max() < TOLERANCE and np.abs(before - expected).max() > 0.5
+    if format == "stablehlo":
+        from safetensors import safe_open
+
+        with safe_open(tmp_path / "model" / "model.safetensors", "numpy") as file:
+            adapters = [name for name in file.keys() if "lora" in name]
+        assert adapters and not [name for name in adapters if "idle" in name]
+
+
+@pytest.mark.parametrize("format", [name for name in HERE if "bfloat16" in FORMATS[name].dtypes])
+def test_bfloat16_stays_bfloat16(tmp_path, format):
+    exact, rows = small_lm(), prompts(40)
+    exact.save_to_preset(tmp_path / "preset")
+    lm = Gemma2CausalLM.from_preset(tmp_path / "preset", dtype="bfloat16")
+    lm.export(tmp_path / "model", format=format)
+    assert size(tmp_path / "model") < all_bytes(lm) + (1_400_000 if format == "torch" else EMBEDDING / 4)
+    tokens, logits = run(tmp_path / "model", rows)
+    wanted, rounded = (expected_logits(one, rows, tokens).astype("float32") for one in (exact, lm))
+    # No further from the float32 model than the backend's own bfloat16 is, but for chance.
+    error, own = np.abs(logits - wanted).mean(), np.abs(rounded - wanted).mean()
+    assert 0 < error < 1.5 * own
+
+
+def test_from_another_backend(tmp_path):
+    lm, rows = small_lm(), prompts(40)
+    lm.export(tmp_path / "a" / "model", format=ELSEWHERE)
+    tokens, logits = run(tmp_path / "a" / "model", rows, batch=1)
+    assert np.array_equal(tokens, generated(lm, rows))
+    assert np.abs(logits - expected_logits(lm, rows, tokens)).max() < TOLERANCE
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["model"]
+
+
+# What is refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_lm()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"format": "gguf"}, "`format` must be one of 'tf_saved_model', 'onnx', .*Received: 'gguf'"),
+        ({"format": "onnx", "input_signature": [1]}, "`input_signature` is not for Gemma 2"),
+        ({"format": "onnx", "batch_size": 2}, "The sizes of format='onnx' are free; only 'litert' fixes them.*'batch_size': 2"),
+        ({"format": "litert", "batch_size": 0}, "`batch_size` must be an integer from 1 to 65536. Received: 0"),
+        ({"format": "litert", "cache_length": 129}, "`cache_length` must be an integer from 2 to 128. Received: 129"),
+        ({"format": "litert", "prefill_length": 1.5}, "`prefill_length` must be an integer from 1 to 128. Received: 1.5"),
+    ],
+)
+def test_arguments_are_checked_first(tmp_path, lm, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lm.export(tmp_path / "model", **arguments)
+    with pytest.raises(TypeError, match="`export` with format='onnx' has no `chat`"):
+        lm.export(tmp_path / "model", format="onnx", chat=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "format, dtype, message",
+    [
+        ("onnx", "bfloat16", "compute in float32: its runtime has no bfloat16 .*Received a model of dtype='bfloat16'"),
+        ("litert", "int8_from_bfloat16", "is for models that compute in float32"),
+        ("torch", "float16", "compute in float32 or bfloat16"),
+        ("litert", "int4_from_float32", "format='litert' takes weights in int8, or floats. Received: 'int4'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Gemma 2's activations pass float16")
+def test_models_that_a_runtime_has_no_arithmetic_for(tmp_path, tiny, format, dtype, message):
+    lm = Gemma2CausalLM(keras_gemma2.Gemma2Backbone(**tiny, dtype=dtype), None)
+    with pytest.raises(ValueError, match=message):
+        lm.export(tmp_path / "model", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(tmp_path, lm, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(ImportError, match=r'is written with onnxscript, not installed here. .*pip install "keras-gemma2\[onnx\]"'):
+        lm.export(tmp_path / "model", format="onnx")
+
+
+def test_folders_that_hold_something(tmp_path, lm):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(keras_gemma2.CheckpointError, match="is not empty.*overwrite=True"):
+        lm.export(tmp_path, format="onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# The command line and the example ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.backend_free  # its process takes the format's backend, whatever the one here
+def test_the_command_and_the_example(tmp_path):
+    """`export` of the embedded preset, and the example's text from it, which is `generate`'s."""
+    target, prompt = tmp_path / "model", "The state of our union is"
+    command = [sys.executable, "-m", "keras_gemma2", "export", "gemma2_mini_en", str(target), "--format", "stablehlo"]
+    done = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"stablehlo in {target}\n"
+    example = Path(__file__).parents[1] / "examples" / "run_exported.py"
+    shown = subprocess.run(
+        [sys.executable, str(example), str(target), prompt, "--tokens", "20"], capture_output=True, text=True, check=True
+    )
+    lm = Gemma2CausalLM.from_preset("gemma2_mini_en", dtype="float32")
+    assert shown.stdout == lm.generate(prompt, max_new_tokens=20) + "\n"
+    wrong = subprocess.run([*command, "--max-new-tokens", "3", "--overwrite"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--max-new-tokens: is for --format saved_model, not for --format stablehlo" in wrong.stderr
