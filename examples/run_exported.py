@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def litert(folder: Path, about: dict[str, Any]) -> Step:
     """LiteRT (TensorFlow Lite)."""
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_path=str(folder / "model.tflite"))
+    interpreter = Interpreter(model_path=str(folder / "model.tflite"), num_threads=os.cpu_count())
     runners = {name: interpreter.get_signature_runner(name) for name in ("prefill", "decode")}
     names = [cache["name"] for cache in about["caches"]]
 

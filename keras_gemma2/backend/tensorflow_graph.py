@@ -8,24 +8,45 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
 FEWEST, MOST = 3, 32  # rows for which blocks are faster
+LARGE = 1 << 15  # rows of a matrix, from which on one block is slower than the plain product
 ROWS_A_BLOCK = (128, 2048)  # of the matrix
-_IN_SCOPE: contextvars.ContextVar[bool] = contextvars.ContextVar("dynamic_graph", default=False)
+# Whether the number of rows is "any", which an operation has to look at, or is known to be "few", or not to be ("plain").
+_ROWS: contextvars.ContextVar[str | None] = contextvars.ContextVar("rows", default=None)
 
 
 @contextlib.contextmanager
-def dynamic_graph() -> Iterator[None]:
+def dynamic_graph(rows: str = "any") -> Iterator[None]:
     """A context for tracing a graph whose number of rows is known when it runs."""
-    token = _IN_SCOPE.set(True)
+    token = _ROWS.set(rows)
     try:
         yield
     finally:
-        _IN_SCOPE.reset(token)
+        _ROWS.reset(token)
+
+
+def by_rows(count: tf.Tensor, function: Callable[[], Any]) -> Any:
+    """What a function gives whose products all have `count` rows; it is traced twice, to branch once and not at each product."""
+    if _ROWS.get() is None:
+        return function()
+
+    def traced(rows: str) -> Callable[[], Any]:
+        def branch() -> Any:
+            with dynamic_graph(rows):
+                return function()
+
+        return branch
+
+    return tf.cond(_is_few(count), traced("few"), traced("plain"))
+
+
+def _is_few(count: tf.Tensor) -> tf.Tensor:
+    return tf.logical_and(count >= FEWEST, count <= MOST)
 
 
 def load(folder: str) -> Any:
@@ -35,18 +56,24 @@ def load(folder: str) -> Any:
 
 def product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """`rows [R, in]` times `kernel [out, in]` transposed: `[R, out]`."""
-    block = _block_size(kernel.shape[0])
-    if not _IN_SCOPE.get() or block is None or rows.shape[0] is not None:
-        return tf.matmul(rows, kernel, transpose_b=True)
-    count = tf.shape(rows)[0]
+    block, known = _block_size(kernel.shape[0]), _ROWS.get()
     units, width = kernel.shape
 
-    def in_blocks() -> tf.Tensor:
-        blocks = tf.reshape(kernel, (units // block, block, width))
-        return tf.transpose(tf.reshape(tf.matmul(blocks, rows[None], transpose_b=True), (units, count)))
+    def plain() -> tf.Tensor:
+        return tf.matmul(rows, kernel, transpose_b=True)
 
-    few = tf.logical_and(count >= FEWEST, count <= MOST)
-    return tf.cond(few, in_blocks, lambda: tf.matmul(rows, kernel, transpose_b=True))
+    def in_blocks(blocks: Any) -> tf.Tensor:
+        cut = tf.reshape(kernel, (blocks, -1, width))
+        return tf.transpose(tf.reshape(tf.matmul(cut, rows[None], transpose_b=True), (units, tf.shape(rows)[0])))
+
+    if known in (None, "plain") or block is None or rows.shape[0] is not None:
+        return plain()
+    if known == "few":
+        return in_blocks(units // block)
+    few = _is_few(tf.shape(rows)[0])
+    if units < LARGE:  # one block is hardly slower than the plain product, and a graph without branches is sooner loaded
+        return in_blocks(tf.where(few, units // block, 1))
+    return tf.cond(few, lambda: in_blocks(units // block), plain)
 
 
 def _block_size(units: int) -> int | None:

@@ -21,7 +21,7 @@ from keras_gemma2.benchmarks.machine import device_name, repeated, seconds
 from keras_gemma2.benchmarks.processes import NARROW, WIDTHS_2B, in_fresh_process
 
 PROMPT, ROWS, LENGTH, REPEATS = 32, 64, 32, 3
-STEPS = ("make", "make_keras_hub", "read", "load", "saved_model", "score", "score_keras_hub")
+STEPS = ("make", "make_keras_hub", "read", "read", "load", "saved_model", "score", "score_keras_hub")
 
 
 def add_command(commands: Any) -> None:

@@ -55,8 +55,8 @@ class Exports:
                 `prefill` takes).
 
         Raises:
-            ValueError: as `export_saved_model`; for an unknown format, an `input_signature`, sizes out of range, or a model that the
-                runtime has no arithmetic for: "onnx" and "litert" compute in float32, and "litert" has no 4 bits.
+            ValueError: as `export_saved_model`; for an unknown format, an `input_signature`, sizes out of range, or a model for
+                which the runtime has no arithmetic: "onnx" and "litert" compute in float32, and "litert" has no 4 bits.
             CheckpointError: as `export_saved_model`.
             ImportError: if what writes the format is not installed.
 

@@ -145,14 +145,19 @@ class Graph:
         """The function of all blocks with such weights; it is traced from the first of them."""
         import tensorflow as tf
 
+        from keras_gemma2.backend.tensorflow_graph import by_rows
+
         if key not in self._blocks:
             window = self.backbone.config.window(key[0])
 
             def run(values: Any, x: Any, cos: Any, sin: Any, cache: Any, starts: Any, counts: Any, steps: Any = 1) -> tuple:
-                layer = LayerCache(tuple(cache), Tokens(None, starts, counts, steps), window)
-                with keras.StatelessScope(state_mapping=list(zip(weights, values))):
-                    x = block(x, cos, sin, None, cache=layer)
-                return x, *layer.stored
+                def once() -> tuple:
+                    layer = LayerCache(tuple(cache), Tokens(None, starts, counts, steps), window)
+                    with keras.StatelessScope(state_mapping=list(zip(weights, values))):
+                        found = block(x, cos, sin, None, cache=layer)
+                    return found, *layer.stored
+
+                return by_rows(tf.shape(x)[0], once) if isinstance(steps, int) else once()
 
             self._blocks[key] = tf.function(run, autograph=False, reduce_retracing=True)
         return self._blocks[key]
