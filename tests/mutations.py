@@ -32,6 +32,7 @@ ATTENTION, BLOCK, EMBEDDING = "layers/attention.py", "layers/decoder_block.py", 
 BLOCKED, DECODE, DECODING = "layers/blocked_attention.py", "generation/decode.py", "generation/decoding.py"
 FROZEN, DISTILL = "backend/torch_frozen_loss.py", "training/distillation_terms.py"
 LONG = ("test_long_prompts.py", "long_ragged")
+PROGRAMS = ("test_export_programs.py", "test_tokens_and_logits")
 GRAPH = ("test_export_graph.py", "padded_anywhere or pieces or scores", "tensorflow")
 MUTATIONS = [
     Mutation("queries scaled by head_dim (27B)", ATTENTION, "self.query_pre_attn_scalar**-0.5", "self.head_dim**-0.5"),
@@ -65,6 +66,10 @@ MUTATIONS = [
     Mutation("a graph's ring one slot short", "export/graph.py", "ops.minimum(room, window)", "ops.minimum(room, window - 1)", *GRAPH),
     Mutation("a graph's piece not where it stands", "export/graph.py", "Tokens(None, tf.fill([batch], start),", "Tokens(None, tf.fill([batch], 0),", *GRAPH),
     Mutation("a graph's rows run on", "export/graph.py", "is_open & ~stopped &", "is_open &", *GRAPH),
+    Mutation("a program's logits of another token", "export/steps.py", "ops.maximum(counts - 1, 0)", "ops.maximum(counts - 2, 0)", *PROGRAMS, "jax"),
+    Mutation("two embeddings in a LiteRT file", "export/steps.py", "ops.maximum(hidden, ml_dtypes.finfo(backbone.compute_dtype).min)", "hidden", *PROGRAMS, "tensorflow"),
+    Mutation("an idle adapter goes along", "export/programs.py", " and not set(adapters.settings) - {adapters.active}", "", "test_export_programs.py", "idle", "jax"),
+    Mutation("paths in a program", "backend/jax_programs.py", 'jax.config.update(name, ".*")', "pass", *PROGRAMS, "jax"),
     Mutation("a graph scores the token itself", "export/graph.py", "rows.token_ids[:, 1:], [total]", "rows.token_ids[:, :-1], [total]", *GRAPH),
     Mutation("a graph reads markers of a message", "export/graph_text.py", "reading_proto(self._tokenizer, False)", "self._tokenizer.proto", "test_export_graph.py", "chat_answers", "tensorflow"),
     Mutation("idle adapters are exported", "export/graph.py", "if name != layer.active_adapter", "if False", "test_export_saved_model.py", "active_adapter", "tensorflow"),

@@ -182,6 +182,8 @@ def test_export_prints_what_it_found(monkeypatch, capsys):
         "make": {"weights": 2e6, "size": 2.1e6, "generate": 0.5, "seconds": 3.0},
         "make_keras_hub": {"size_keras_hub": 3e6},
         "read": {"read": 2.0},
+        "read_disk": {"read_disk": 2.0},
+        "load_disk": {"load_disk": 1.0},
         "load": {"load": 1.0},
         "saved_model": {"saved_model": 0.25},
         "score": {"score": 2.0},
@@ -197,11 +199,11 @@ def test_export_prints_what_it_found(monkeypatch, capsys):
     monkeypatch.setattr(export, "in_fresh_process", child)
     parser = argparse.ArgumentParser()
     export.add_command(parser.add_subparsers())
-    for arguments, steps in (([], 7), (["--no-peers"], 5)):
+    for arguments, steps in (([], 9), (["--no-peers"], 7)):
         asked.clear()
         options = parser.parse_args(["export", *arguments])
         options.run(options)
         printed = capsys.readouterr().out
         assert len(asked) == steps
         assert "| decoding, s a token | 0.2500 | `lm.generate` on tensorflow | 0.5000 | 0.500 |" in printed
-        assert ("keras-hub" in printed) == (steps == 7)
+        assert ("keras-hub" in printed) == (steps == 9)

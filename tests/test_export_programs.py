@@ -25,9 +25,9 @@ ELSEWHERE = {"jax": "litert", "tensorflow": "stablehlo", "torch": "stablehlo"}[k
 N, PIECE = 12, 100
 
 
-def with_(kind, but=None):
+def with_(kind):
     """Formats that hold such weights; where none is written here, the one that another backend is handed the model for."""
-    found = [name for name in HERE if kind in FORMATS[name].modes + FORMATS[name].dtypes and name != but]
+    found = [name for name in HERE if kind in FORMATS[name].modes + FORMATS[name].dtypes]
     return found or [ELSEWHERE]
 
 
@@ -120,7 +120,7 @@ def test_codes_stay_codes(tmp_path, format):
     assert held.count(keras.ops.convert_to_numpy(codes).tobytes()) == (format != "torch")
 
 
-@pytest.mark.parametrize("format", with_("int4", but="openvino"))
+@pytest.mark.parametrize("format", with_("int4"))
 def test_four_bits_and_an_idle_adapter(tmp_path, format):
     """int4 codes with an adapter over them, which is not merged; one that is not active stays behind."""
     lm, rows = small_lm(), prompts(40)
@@ -217,7 +217,7 @@ def test_models_that_a_runtime_has_no_arithmetic_for(tmp_path, tiny, format, dty
 def test_a_missing_package_is_named(tmp_path, lm, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(ImportError, match=r'is written with onnxscript, not installed here. .*pip install "keras-gemma2\[onnx\]"'):
+    with pytest.raises(ImportError, match=r'is written with onnxscript, not installed here. .*pip install onnxscript$'):
         lm.export(tmp_path / "model", format="onnx")
 
 

@@ -26,8 +26,7 @@ class Format(NamedTuple):
 
     Args:
         backend: the Keras backend.
-        packages: modules that must be installed.
-        install: what installs them.
+        packages: what must be installed, each of the name that it is imported by.
         files: what is written, beside the description and the vocabulary.
         dtypes: the compute dtypes that its runtime has on CPUs.
         modes: how weights may be quantized.
@@ -35,7 +34,6 @@ class Format(NamedTuple):
 
     backend: str
     packages: tuple[str, ...]
-    install: str
     files: tuple[str, ...]
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     modes: tuple[str, ...] = ("int8", "int4")
@@ -43,11 +41,11 @@ class Format(NamedTuple):
 
 _ONNX = ("torch", "onnx", "onnxscript")
 FORMATS = {
-    "onnx": Format("torch", _ONNX, "keras-gemma2[onnx]", ("model.onnx", "model.onnx.data"), ("float32",)),
-    "openvino": Format("torch", (*_ONNX, "openvino"), "keras-gemma2[openvino]", ("model.xml", "model.bin")),
-    "litert": Format("tensorflow", ("tensorflow",), "tensorflow", ("model.tflite",), ("float32",), ("int8",)),
-    "stablehlo": Format("jax", ("jax",), "jax", ("model.stablehlo", "model.safetensors")),
-    "torch": Format("torch", ("torch",), "torch", ("model.pt2",)),
+    "onnx": Format("torch", _ONNX, ("model.onnx", "model.onnx.data"), ("float32",)),
+    "openvino": Format("torch", (*_ONNX, "openvino"), ("model.xml", "model.bin")),
+    "litert": Format("tensorflow", ("tensorflow",), ("model.tflite",), ("float32",), ("int8",)),
+    "stablehlo": Format("jax", ("jax",), ("model.stablehlo", "model.safetensors")),
+    "torch": Format("torch", ("torch",), ("model.pt2",)),
 }
 
 
@@ -101,8 +99,7 @@ def check_format(format: Any, backbone: Any) -> None:
     missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"format={format!r} is written with {', '.join(missing)}, not installed here. "
-            f'Install with: pip install "{FORMATS[format].install}"'
+            f"format={format!r} is written with {', '.join(missing)}, not installed here. Install with: pip install {' '.join(missing)}"
         )
 
 
