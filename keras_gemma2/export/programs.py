@@ -99,7 +99,8 @@ def check_format(format: Any, backbone: Any) -> None:
     missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"format={format!r} is written with {', '.join(missing)}, not installed here. Install with: pip install {' '.join(missing)}"
+            f"format={format!r} is written with {', '.join(missing)}, not installed here. "
+            f"Install with: pip install {' '.join(missing)}"
         )
 
 
