@@ -22,7 +22,10 @@ _ONLY = {  # on one backend
     "tensorflow": ["test_export_graph.py"],
     "torch": ["test_tape.py"],
 }
-collect_ignore = [name for backend, names in _ONLY.items() if backend != keras.backend.backend() for name in names]
+_PART, _PARTS = map(int, os.environ.get("KERAS_GEMMA2_PART", "0/1").split("/"))  # of `run.py`
+_FILES = sorted(path.name for path in Path(__file__).parent.glob("test_*.py"))
+collect_ignore = [name for i, name in enumerate(_FILES) if i % _PARTS != _PART]
+collect_ignore += [name for backend, names in _ONLY.items() if backend != keras.backend.backend() for name in names]
 
 # No accidental identities: N * H != D, 1 < K < N, scalar != H, F != D, and every number another.
 TINY = {

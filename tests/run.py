@@ -1,9 +1,9 @@
 """Runs the whole suite on all three backends: `python tests/run.py`.
 
-One process a backend, two at a time where there are cores for it, and one line a backend at the end; fails if a backend fails or is
-not installed. Tests marked `backend_free`, which compute nothing with a backend, run with the first only. Arguments are handed to
-pytest; `--backend NAME` (several times) picks backends, `--jobs 1` runs one after the other, as a small memory wants it (a backend
-takes up to 6 GB).
+Two backends at a time where there are cores for it, and one line a backend at the end; fails if one fails or is not installed.
+A backend's files are shared out among `PARTS` processes, one after the other: what they compiled stays in memory until they end.
+Tests marked `backend_free`, which compute nothing with a backend, run with the first only. Arguments are handed to pytest;
+`--backend NAME` (several times) picks backends, `--jobs 1` runs one after the other, as a small memory wants it.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 BACKENDS = ("jax", "tensorflow", "torch")
 TESTS = Path(__file__).resolve().parent
 LINES_OF_FAILURES = 150
+PARTS, NO_TESTS = 6, 5  # the second is pytest's exit code
 HEADING = re.compile(r"=+ ([A-Za-z ]+?) =+$")
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
@@ -45,6 +46,9 @@ def main() -> int:
     return 1 if totals[1] or not totals[0] else 0
 
 
+PART_NAMES = [f"{i}/{PARTS}" for i in range(PARTS)]
+
+
 class Result(typing.NamedTuple):
     line: str
     counts: tuple[int, int, int]  # passed, failed, skipped
@@ -57,11 +61,23 @@ def run(backend: str, pytest_arguments: list[str], exchange: str) -> Result:
         return Result(f"{backend}: not installed (pip install {backend})", (0, 1, 0), [])
     print(f"--- {backend}", flush=True)
     start = time.monotonic()
+    named = any((TESTS / argument.partition("::")[0]).exists() for argument in pytest_arguments)
+    parts = [run_part(backend, pytest_arguments, exchange, part) for part in (["0/1"] if named else PART_NAMES)]
+    failures = [line for part in parts for line in part.failures]
+    passed, failed, skipped = (sum(part.counts[i] for part in parts) for i in range(3))
+    verdict = "ok" if not failed else f"FAILED ({'; '.join(part.line for part in parts if part.line)})"
+    seconds = time.monotonic() - start
+    line = f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s"
+    return Result(line, (passed, failed, skipped), failures)
+
+
+def run_part(backend: str, pytest_arguments: list[str], exchange: str, part_name: str) -> Result:
+    """Runs a part of a backend's files."""
     # From the tests' folder, so that what is imported is the installed package and not the folder beside.
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-rsfE", *pytest_arguments],
         cwd=TESTS,
-        env={**os.environ, "KERAS_BACKEND": backend, "KERAS_GEMMA2_EXCHANGE": exchange},
+        env={**os.environ, "KERAS_BACKEND": backend, "KERAS_GEMMA2_EXCHANGE": exchange, "KERAS_GEMMA2_PART": part_name},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -77,12 +93,9 @@ def run(backend: str, pytest_arguments: list[str], exchange: str) -> Result:
     counts = {kind.removesuffix("s"): int(number) for number, kind in COUNT.findall(last)}
     failed = counts.get("failed", 0) + counts.get("error", 0)
     passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
-    if code and not failed:  # a crash, or nothing collected
+    if code not in (0, NO_TESTS) and not failed:  # a crash
         failed = 1
-    verdict = "ok" if not failed else f"FAILED (pytest exit code {code})"
-    seconds = time.monotonic() - start
-    line = f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s"
-    return Result(line, (passed, failed, skipped), list(failures))
+    return Result(f"pytest exit code {code}" if failed else "", (passed, failed, skipped), list(failures))
 
 
 if __name__ == "__main__":

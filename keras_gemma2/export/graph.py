@@ -136,7 +136,7 @@ class Graph:
             values = [weight.value for weight in weights]
             arguments = (values, x, cos, sin, list(cache), tokens.starts, tokens.counts, *steps)
             shapes = tuple((str(value.dtype), tuple(value.shape)) for value in values)
-            shared = self._shared_block(block, weights, (kind, bool(steps), shapes))
+            shared = self._shared_block(block, weights, (kind, bool(steps), shapes, adapter_scales(block)))
             x, keys, new_values = shared(*arguments)
             stored.append((keys, new_values))
         return x, stored
@@ -161,6 +161,12 @@ class Graph:
 
             self._blocks[key] = tf.function(run, autograph=False, reduce_retracing=True)
         return self._blocks[key]
+
+
+def adapter_scales(block: Any) -> tuple:
+    """The layers of a decoder block that the active adapter changes, and its scale in each, which is a number of the graph."""
+    layers = [layer for layer in block._flatten_layers() if isinstance(layer, Linear) and layer.active_adapter is not None]
+    return tuple((layer.name, layer.adapters[layer.active_adapter].scale) for layer in layers)
 
 
 def used_weights(block: Any) -> list[Any]:
