@@ -77,7 +77,13 @@ def run_part(backend: str, pytest_arguments: list[str], exchange: str, part_name
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-rsfE", *pytest_arguments],
         cwd=TESTS,
-        env={**os.environ, "KERAS_BACKEND": backend, "KERAS_GEMMA2_EXCHANGE": exchange, "KERAS_GEMMA2_PART": part_name},
+        env={
+            "JAX_COMPILATION_CACHE_DIR": os.path.join(exchange, "compiled"),  # what one part compiled is there for the next
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            "KERAS_GEMMA2_EXCHANGE": exchange,
+            "KERAS_GEMMA2_PART": part_name,
+        },
         stdout=subprocess.PIPE,
         text=True,
     )
