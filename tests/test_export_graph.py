@@ -230,3 +230,24 @@ def test_numbers_that_are_none_are_told(tmp_path):
     lm.export(tmp_path / "served", signatures=["serving_default"])
     (found,) = ask(tmp_path / "served", default())
     assert "logits are not numbers" in found
+
+
+def test_blocks_whose_adapters_have_other_scales(tmp_path):
+    """As PEFT's `alpha_pattern` makes them: blocks of the same shapes that are not one function."""
+    lm, inputs = small_lm(), padded(prompt_rows(), 30)
+    lm.enable_lora(rank=4, targets=["query"])
+    draw = np.random.default_rng(1)
+    for variable in lm.trainable_variables:
+        variable.assign(draw.normal(0, 0.5, variable.shape))
+    query = lm.backbone.transformer_layers[2].attention.query
+    query.adapters[query.active_adapter].scale *= 5
+    lm.export(tmp_path / "served", signatures=["logits"])
+    (found,) = ask(tmp_path / "served", ("logits", inputs), kind="tokens")
+    real = inputs["padding_mask"] > 0
+    hidden = lm.backbone({key: keras.ops.convert_to_tensor(value) for key, value in inputs.items()})
+    wanted = keras.ops.convert_to_numpy(lm.backbone.token_embedding(hidden, reverse=True))
+    assert np.abs(found["logits"][real] - wanted[real]).max() < TOLERANCE
+    query.adapters[query.active_adapter].scale /= 5
+    hidden = lm.backbone({key: keras.ops.convert_to_tensor(value) for key, value in inputs.items()})
+    before = keras.ops.convert_to_numpy(lm.backbone.token_embedding(hidden, reverse=True))
+    assert np.abs(before - wanted)[real].max() > 0.1
