@@ -48,11 +48,11 @@ class Exports:
         Args:
             filepath: the folder, as `export_saved_model` takes it.
             format: of the table.
-            verbose, input_signature: of `keras.Model.export`; without effect, and refused.
+            verbose, input_signature: of `keras.Model.export`: the first is ignored, the second refused.
             overwrite: as `export_saved_model` takes it.
-            **kwargs: for "tf_saved_model", what `export_saved_model` takes; for "litert", `batch_size` (1 if not given),
-                `cache_length` (up to 1024: tokens a row may have) and `prefill_length` (up to 64: tokens of a row that a call of
-                `prefill` takes).
+            **kwargs: for "tf_saved_model", what `export_saved_model` takes; for "litert", `batch_size` (default 1),
+                `cache_length` (tokens a row may have; default 1024, or the context if that is less) and `prefill_length` (tokens of
+                a row that a call of `prefill` takes; default 64, or the context).
 
         Raises:
             ValueError: as `export_saved_model`; for an unknown format, an `input_signature`, sizes out of range, or a model for
