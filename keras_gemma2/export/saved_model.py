@@ -91,7 +91,7 @@ def check_folder(target: str, overwrite: bool) -> None:
     """Raises a CheckpointError for a folder that holds something, unless it may be overwritten."""
     if os.path.isdir(target) and os.listdir(target) and not overwrite:
         raise CheckpointError(
-            f"The folder {target!r} is not empty. Choose another, or pass `overwrite=True` to replace the SavedModel in it."
+            f"The folder {target!r} is not empty. Choose another, or pass `overwrite=True` to replace the export in it."
         )
 
 
