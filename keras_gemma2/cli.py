@@ -148,7 +148,7 @@ def _add_export(commands) -> None:
     parser = commands.add_parser(
         "export",
         help="write the model for another runtime: TensorFlow, ONNX, OpenVINO, LiteRT, StableHLO or PyTorch",
-        description="Writes the model for a runtime without Keras and this package: a SavedModel, texts in, texts out, or a step of it.",
+        description="Writes the model for a runtime without this package: a SavedModel, texts in, texts out, or a step of it.",
     )
     add_options(parser.add_argument, _at_least, _probability)
     parser.set_defaults(run=_export)
