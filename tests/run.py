@@ -22,7 +22,7 @@ from pathlib import Path
 BACKENDS = ("jax", "tensorflow", "torch")
 TESTS = Path(__file__).resolve().parent
 LINES_OF_FAILURES = 150
-PARTS, NO_TESTS = 6, 5  # the second is pytest's exit code
+PARTS, NO_TESTS = 12, 5  # the second is pytest's exit code
 HEADING = re.compile(r"=+ ([A-Za-z ]+?) =+$")
 COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
