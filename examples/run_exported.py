@@ -4,7 +4,7 @@
 
 FOLDER is what `lm.export(FOLDER, format=...)` or `keras-gemma2 export PRESET FOLDER --format ...` wrote: "onnx" (pip install
 onnxruntime), "openvino" (openvino), "litert" (ai-edge-litert), "stablehlo" (jax, safetensors) or "torch" (torch). Texts need
-sentencepiece, too. Each runtime is one function below: copy it together with `generate`.
+sentencepiece, too, and bfloat16 ml_dtypes. Each runtime is one function below: copy it together with `generate`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ PIECE = 64  # tokens of a prompt that run at a time
 def generate(step: Step, about: dict[str, Any], prompts: list[list[int]], new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest next tokens of each prompt `[B, n]`, and their logits `[B, n, V]`."""
     lengths = np.array([len(prompt) for prompt in prompts], "int32")
-    piece = about.get("prefill_length", PIECE)
+    piece = about.get("prefill_length", min(PIECE, about["max_sequence_length"]))
     room = about.get("cache_length", lengths.max() + new_tokens)
-    if lengths.min() < 1 or lengths.max() + new_tokens > min(room, about["max_sequence_length"]):
-        raise ValueError(f"Prompts have {lengths.tolist()} tokens; with {new_tokens} more they must fit in {room}.")
+    most = min(room, about["max_sequence_length"])
+    if new_tokens < 1 or lengths.min() < 1 or lengths.max() + new_tokens > most:
+        raise ValueError(f"Prompts have {lengths.tolist()} tokens; with {new_tokens} more, at least one, they must fit in {most}.")
+    if len(prompts) != about.get("batch_size", len(prompts)):
+        raise ValueError(f"The program is for {about['batch_size']} prompts at a time. Received: {len(prompts)}.")
     caches = [empty(cache, len(prompts), room) for cache in about["caches"]]
     logits = np.zeros((len(prompts), about["vocabulary_size"]), "float32")
     for start in range(0, lengths.max(), piece):
@@ -111,7 +114,7 @@ def stablehlo(folder: Path, about: dict[str, Any]) -> Step:
 
     program = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
     run = jax.jit(program.call, donate_argnums=4)
-    weights = jax.device_put(load_file(folder / "model.safetensors"))
+    weights = jax.device_put(load_file(folder / "weights.safetensors"))
 
     def step(token_ids, starts, counts, caches):
         logits, caches = run(weights, token_ids, starts, counts, caches)
@@ -155,10 +158,11 @@ def main() -> None:
     options = parser.parse_args()
     import sentencepiece
 
-    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(options.folder / "tokenizer.model"))
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(options.folder / "vocabulary.spm"))
     step, about = load(options.folder)
     prompt = [about["bos_token_id"], *vocabulary.encode(options.prompt)]
-    tokens = generate(step, about, [prompt], options.tokens)[0][0].tolist()
+    prompts = [prompt] * about.get("batch_size", 1)
+    tokens = generate(step, about, prompts, options.tokens)[0][0].tolist()
     stops = [i for i, token in enumerate(tokens) if token in about["stop_token_ids"]]
     print(options.prompt + vocabulary.decode([*prompt, *tokens[: stops[0] if stops else None]])[len(vocabulary.decode(prompt)) :])
 

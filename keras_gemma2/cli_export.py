@@ -62,11 +62,17 @@ def export_backend(options: argparse.Namespace) -> str:
 
 def export_command(options: argparse.Namespace) -> int:
     """Runs the command, in this process, whose backend writes the format; returns its exit code."""
+    import keras
+
     from keras_gemma2 import Gemma2CausalLM, Sampler
-    from keras_gemma2.export.saved_model import check_folder
+    from keras_gemma2.export.formats import check_dtype, check_folder
     from keras_gemma2.staging import folder_path
 
-    check_folder(folder_path(options.folder, "folder"), options.overwrite)  # before a model loads
+    # Before a model loads.
+    check_folder(folder_path(options.folder, "folder"), options.overwrite)
+    if options.format != "saved_model":
+        policy = keras.dtype_policies.get(options.dtype or "float32")
+        check_dtype(FORMATS[options.format][0], policy.compute_dtype, options.quantize, policy.name)
     names = _OPTIONS.get(options.format, ())
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.format == "saved_model":

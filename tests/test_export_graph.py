@@ -66,9 +66,21 @@ def answers(lm, folder, rows):
         "shapes": ("logits", {"token_ids": np.int32([[2, 9]]), "padding_mask": np.int32([[1]])}),
         "long row": ("score", {"token_ids": np.full((1, 129), 9, "int32"), "padding_mask": np.ones((1, 129), "int32")}),
         "small cache": ("prefill", {**padded(rows, 30), "cache_length": np.int32(22)}),
+        "before the start": decode_step([0, -1], 20),
+        "past the context": decode_step([0, 128], 128),
+        "past the caches": decode_step([19, 20], 20),
+        "past rings too small": decode_step([3, 2], 3),
+        "the last slot": decode_step([19, 0], 20),
         "empty rows": ("generate_tokens", {"token_ids": np.zeros((0, 4), "int32"), "padding_mask": np.zeros((0, 4), "int32")}),
     }
     return dict(zip(requests, ask(folder, *requests.values())))
+
+
+def decode_step(positions, room):
+    """A step over empty caches with room for some tokens; the window is 5."""
+    rooms = {f"{kind}_{layer}": min(room, 5) if layer % 2 == 0 else room for layer in range(3) for kind in ("keys", "values")}
+    caches = {name: np.zeros((len(positions), 2, slots + 1, 16), "float32") for name, slots in rooms.items()}
+    return "decode_step", {"token_ids": np.full(len(positions), 9, "int32"), "positions": np.int32(positions), **caches}
 
 
 # Against the model ------------------------------------------------------------------------------------------------------
@@ -150,6 +162,10 @@ def test_draws_depend_on_the_seed(answers):
     assert answers["one of most"]["completions"].tolist() == answers["greedy"]["completions"].tolist()
 
 
+def test_a_step_in_the_last_slot(answers):
+    assert answers["the last slot"]["positions"].tolist() == [20, 1]
+
+
 def test_no_rows(answers):
     assert answers["nobody"]["completions"].shape == answers["nobody"]["num_tokens"].shape == (0,)
     assert answers["empty rows"]["token_ids"].shape[0] == 0
@@ -169,6 +185,10 @@ def test_no_rows(answers):
         ("shapes", ["`token_ids` and `padding_mask` must have the same shape"]),
         ("long row", ["at most 128 tokens", "[0]"]),
         ("small cache", ["`cache_length` must have room for the longest row"]),
+        ("before the start", ["`positions` must be from 0 to 127", "[1]"]),
+        ("past the context", ["`positions` must be from 0 to 127", "[1]"]),
+        ("past the caches", ["The caches have no room for `positions`", "[1]"]),
+        ("past rings too small", ["The caches have no room for `positions`", "[0]"]),
     ],
 )
 def test_wrong_inputs_are_named(answers, name, words):

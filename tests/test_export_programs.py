@@ -18,11 +18,15 @@ from exported import TOLERANCE, all_bytes, small_lm
 
 import keras_gemma2
 from keras_gemma2 import Gemma2CausalLM
-from keras_gemma2.export.programs import FORMATS
+from keras_gemma2.export import elsewhere, programs
+from keras_gemma2.export.formats import FORMATS
 
 HERE = [name for name, format in FORMATS.items() if format.backend == keras.backend.backend()]
 ELSEWHERE = {"jax": "litert", "tensorflow": "stablehlo", "torch": "stablehlo"}[keras.backend.backend()]
 N, PIECE = 12, 100
+
+
+WIDE = {"hidden_dim": 1024, "intermediate_dim": 2048, "head_dim": 128, "num_layers": 2}
 
 
 def with_(kind):
@@ -97,8 +101,9 @@ def test_tokens_and_logits(tmp_path, format):
     if format != "torch":  # whose file has a megabyte of JSON about its operations
         assert all_bytes(lm) - 4096 < size(folder) < all_bytes(lm) + EMBEDDING / 2
     for path in folder.iterdir():
-        assert str(Path(keras_gemma2.__file__).parent).encode() not in path.read_bytes(), path.name
-    assert (folder / "tokenizer.model").read_bytes() == lm.preprocessor.tokenizer.proto
+        for private in (Path(keras_gemma2.__file__).parent, sys.prefix, tmp_path):
+            assert str(private).encode() not in path.read_bytes(), (path.name, private)
+    assert (folder / "vocabulary.spm").read_bytes() == lm.preprocessor.tokenizer.proto
     assert list((tmp_path / "a").iterdir()) == [folder]
 
 
@@ -114,10 +119,44 @@ def test_codes_stay_codes(tmp_path, format):
     assert np.abs(logits - expected_logits(exact, rows, tokens)).max() < (0.02 if format == "stablehlo" else TOLERANCE)
     if format != "stablehlo":
         assert np.array_equal(tokens, generated(exact, rows))
-    assert size(tmp_path / "model") < all_bytes(exact) * (3 if format == "torch" else 0.9)
     codes = lm.backbone.named_weights()["token_embedding/embeddings"].codes
     held = b"".join(path.read_bytes() for path in (tmp_path / "model").iterdir() if path.suffix != ".pt2")
     assert held.count(keras.ops.convert_to_numpy(codes).tobytes()) == (format != "torch")
+
+
+@pytest.mark.parametrize("format, mode", [(name, mode) for name in HERE for mode in FORMATS[name].modes])
+def test_codes_keep_their_size(tmp_path, format, mode):
+    """Of layers wide enough that no converter computes with them ahead."""
+    lm = small_lm(**WIDE)
+    lm.quantize(mode)
+    lm.export(tmp_path / "model", format=format)
+    graph = 1_800_000 if format == "litert" else 1_300_000  # what the operations take: LiteRT has them twice, PyTorch's are JSON
+    total = sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+    assert all_bytes(lm) < total < all_bytes(lm) + graph
+
+
+SHAPES = {
+    "one_local_layer": {"num_layers": 1, "sliding_window_size": 1},
+    "all_global": {"num_layers": 2, "layer_types": ["global"] * 2, "sliding_window_size": 500, "max_sequence_length": 48},
+    "room_below_the_window": {"num_layers": 2, "sliding_window_size": 100},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("format", HERE)
+def test_other_shapes_with_an_adapter(tmp_path, format, shape):
+    """A batch, and rows by themselves; the adapter is the only one, so that this process writes."""
+    lm, rows = small_lm(**SHAPES[shape]), prompts(40)
+    lm.enable_lora(rank=16, targets=["query", "down"])
+    draw = np.random.default_rng(1)
+    for variable in lm.trainable_variables:
+        variable.assign(draw.normal(0, 0.5, variable.shape))
+    for batch in (4, 1) if format == "litert" else (None,):
+        lm.export(tmp_path / "model", format=format, overwrite=True, **({"batch_size": batch} if batch else {}))
+        for size in [batch] if batch else (4, 1):
+            tokens, logits = run(tmp_path / "model", rows, 6, size)
+            assert np.abs(logits - expected_logits(lm, rows, tokens)).max() < TOLERANCE
+    assert len(np.unique(tokens)) > 10
 
 
 @pytest.mark.parametrize("format", with_("int4"))
@@ -142,7 +181,7 @@ def test_four_bits_and_an_idle_adapter(tmp_path, format):
     if format == "stablehlo":
         from safetensors import safe_open
 
-        with safe_open(tmp_path / "model" / "model.safetensors", "numpy") as file:
+        with safe_open(tmp_path / "model" / "weights.safetensors", "numpy") as file:
             adapters = [name for name in file.keys() if "lora" in name]
         assert adapters and not [name for name in adapters if "idle" in name]
 
@@ -204,6 +243,7 @@ def test_arguments_are_checked_first(tmp_path, lm, arguments, message):
         ("litert", "int8_from_bfloat16", "is for models that compute in float32"),
         ("torch", "float16", "compute in float32 or bfloat16"),
         ("litert", "int4_from_float32", "format='litert' takes weights in int8, or floats. Received: 'int4'"),
+        ("onnx", "int4_from_float32", "format='onnx' takes weights in int8, or floats. Received: 'int4'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Gemma 2's activations pass float16")
@@ -221,11 +261,73 @@ def test_a_missing_package_is_named(tmp_path, lm, monkeypatch):
         lm.export(tmp_path / "model", format="onnx")
 
 
-def test_folders_that_hold_something(tmp_path, lm):
-    (tmp_path / "mine.txt").write_text("kept")
+def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
+    """A checkpoint's files are not an export's; one of another format goes."""
+    mine = {"mine.txt", "config.json", "tokenizer.model", "model.safetensors"}
+    for name in mine:
+        (tmp_path / name).write_text("kept")
     with pytest.raises(keras_gemma2.CheckpointError, match="is not empty.*overwrite=True"):
         lm.export(tmp_path, format="onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == mine
+
+    def write(lm, folder, format, *others):
+        for name in (*FORMATS[format].files, "export.json", "vocabulary.spm"):
+            Path(folder, name).write_text(format)
+
+    monkeypatch.setattr(programs, "write", write)
+    monkeypatch.setattr(programs, "write_elsewhere", lambda lm, folder, backend, format, sizes: write(lm, folder, format))
+    (tmp_path / "saved_model.pb").write_text("an older export")
+    for format in ("onnx", "stablehlo", "torch"):
+        lm.export(tmp_path, format=format, overwrite=True)
+        theirs = {*FORMATS[format].files, "export.json", "vocabulary.spm"}
+        assert {path.name for path in tmp_path.iterdir()} == mine | theirs
+        assert all((tmp_path / name).read_text() == format for name in theirs)
+    assert all((tmp_path / name).read_text() == "kept" for name in mine)
+
+
+def test_programs_are_traced_on_a_cpu(tmp_path, lm, monkeypatch):
+    """One that is traced for a GPU may not run without: another process writes it."""
+    asked = []
+    monkeypatch.setattr(programs.backend, "on_accelerator", lambda: True)
+    monkeypatch.setattr(programs, "write_elsewhere", lambda lm, folder, *others: asked.append(others[:2]))
+    for format, about in FORMATS.items():
+        lm.export(tmp_path / format, format=format)
+        assert asked.pop() == (about.backend, format)
+
+
+# Disks and processes that fail ------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+from exported import small_lm
+lm = small_lm(sliding_window_size=1, num_layers=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    lm.export(sys.argv[2], format=sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("format", [*HERE, *(["tf_saved_model"] if keras.backend.backend() == "tensorflow" else [])])
+def test_a_disk_that_takes_no_more(tmp_path, format):
+    """A limit of the system's on files, at which each writer fails in its own way, as it does on a full disk."""
+    target = tmp_path / "a" / "model"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", LIMITED, format, target], env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("CheckpointError") and "File too large" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_is_reported(tmp_path, lm, monkeypatch):
+    monkeypatch.setattr(elsewhere.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, -9, "", ""))
+    with pytest.raises(RuntimeError, match=f"writes the {ELSEWHERE} was killed, most likely because memory ran out"):
+        lm.export(tmp_path / "model", format=ELSEWHERE)
+    words = "RuntimeError: it could not: No space left on device"
+    monkeypatch.setattr(elsewhere.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", words))
+    with pytest.raises(keras_gemma2.CheckpointError, match="is full"):
+        lm.export(tmp_path / "model", format=ELSEWHERE)
+    assert not list(tmp_path.iterdir())
 
 
 # The command line and the example ---------------------------------------------------------------------------------------
@@ -246,3 +348,7 @@ def test_the_command_and_the_example(tmp_path):
     assert shown.stdout == lm.generate(prompt, max_new_tokens=20) + "\n"
     wrong = subprocess.run([*command, "--max-new-tokens", "3", "--overwrite"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--max-new-tokens: is for --format saved_model, not for --format stablehlo" in wrong.stderr
+    none = tmp_path / "none"
+    early = [*command[:5], str(none), "--format", "onnx", "--dtype", "bfloat16"]
+    wrong = subprocess.run(early, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "is for models that compute in float32" in wrong.stderr and not none.exists()

@@ -169,7 +169,7 @@ def test_the_command(tmp_path):
 
 def test_a_failing_process_says_why(tmp_path, lm, monkeypatch):
     monkeypatch.setattr(saved_model, "_traces_here", lambda: False)  # with TensorFlow as the backend, too
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tensorflow.py").write_text("raise ImportError('a broken TensorFlow')")
     with pytest.raises(RuntimeError, match="(?s)ended with code 1.*a broken TensorFlow"):
         lm.export(tmp_path / "served")

@@ -23,6 +23,7 @@ FUNCTIONS = (
     "read_slots",
     "cache_dtype",
     "attention_dtype",
+    "on_accelerator",
     "is_concrete",
     "compile_function",
     "repeated",
@@ -60,6 +61,7 @@ write_slots = _module.write_slots
 read_slots = _module.read_slots
 cache_dtype = _module.cache_dtype
 attention_dtype = _module.attention_dtype
+on_accelerator = _module.on_accelerator
 is_concrete = _module.is_concrete
 compile_function = _module.compile_function
 repeated = _module.repeated

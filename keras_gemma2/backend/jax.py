@@ -127,6 +127,11 @@ def attention_dtype(compute_dtype: str) -> str:
     return "bfloat16" if is_bfloat16 and jax.default_backend() != "cpu" else "float32"
 
 
+def on_accelerator() -> bool:
+    """Whether this process computes on something else than a CPU."""
+    return jax.default_backend() != "cpu"
+
+
 def write_slots(cache: jax.Array, values: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
     """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in place where it was donated."""
     if cache.dtype == jnp.uint16:

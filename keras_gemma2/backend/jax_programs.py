@@ -16,28 +16,29 @@ from safetensors.numpy import save_file
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def save_stablehlo(step: Callable, model: Any, caches: Sequence[Any], context: int, folder: str) -> None:
-    """Writes `model.stablehlo`, for CPUs, GPUs and TPUs, and beside it `model.safetensors`: the weights, its first argument.
+def save_stablehlo(step: Callable, model: Any, caches: Sequence[Any], context: int, folder: str, weights_file: str) -> None:
+    """Writes `model.stablehlo`, for CPUs, GPUs and TPUs, and beside it, as safetensors, the weights: its first argument.
 
     Args:
-        step: `(token_ids, starts, counts, caches)` to logits and caches, in pairs.
+        step: `(token_ids, starts, counts, caches)` to logits and the caches.
         model: the layer whose variables it uses.
         caches: for each cache `(name, heads, width, most_slots, dtype)`, keys and values by turns.
         context: most tokens of a call.
         folder: to write to.
+        weights_file: the name of the second file.
     """
     variables = model.variables
 
     def run(weights: dict[str, Any], token_ids: Any, starts: Any, counts: Any, caches: list[Any]) -> Any:
         with keras.StatelessScope(state_mapping=[(variable, weights[variable.path]) for variable in variables]):
-            logits, pairs = step(token_ids, starts, counts, list(zip(caches[::2], caches[1::2])))
-        return logits, [cache for pair in pairs for cache in pair]
+            logits, *caches = step(token_ids, starts, counts, caches)
+        return logits, caches
 
     with _without_paths():
         program = export.export(jax.jit(run, donate_argnums=4), platforms=PLATFORMS)(*_specs(variables, caches, context))
     with open(os.path.join(folder, "model.stablehlo"), "wb") as file:
         file.write(program.serialize())
-    save_file({variable.path: np.asarray(variable.value) for variable in variables}, os.path.join(folder, "model.safetensors"))
+    save_file({variable.path: np.asarray(variable.value) for variable in variables}, os.path.join(folder, weights_file))
 
 
 def _specs(variables: Sequence[Any], caches: Sequence[Any], context: int) -> tuple:

@@ -132,6 +132,11 @@ def attention_dtype(compute_dtype: str) -> str:
     return "bfloat16" if is_bfloat16 and tf.config.list_logical_devices("GPU") else "float32"
 
 
+def on_accelerator() -> bool:
+    """Whether this process computes on something else than a CPU."""
+    return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
+
+
 def write_slots(cache: tf.Tensor, values: tf.Tensor, rows: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
     """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in a loop, in place."""
     batch, heads, steps = tf.shape(values)[0], tf.shape(values)[1], tf.shape(values)[2]

@@ -19,7 +19,7 @@ def save_litert(
     name, the caches.
 
     Args:
-        step: `(token_ids, starts, counts, caches)` to logits and caches, in pairs.
+        step: `(token_ids, starts, counts, caches)` to logits and the caches.
         model: the layer whose variables it uses.
         caches: for each cache `(name, heads, width, most_slots, dtype)`, keys and values by turns.
         batch: rows.
@@ -30,9 +30,8 @@ def save_litert(
     names = [cache[0] for cache in caches]
 
     def run(token_ids: Any, starts: Any, counts: Any, **held: Any) -> dict[str, Any]:
-        flat = [held[name] for name in names]
-        logits, pairs = step(token_ids, starts, counts, list(zip(flat[::2], flat[1::2])))
-        return {"logits": logits, **{f"new_{name}": cache for name, cache in zip(names, (x for pair in pairs for x in pair))}}
+        logits, *caches = step(token_ids, starts, counts, [held[name] for name in names])
+        return {"logits": logits, **{f"new_{name}": cache for name, cache in zip(names, caches)}}
 
     spec, each = tf.TensorSpec, tf.TensorSpec((batch,), tf.int32)
     held = {name: spec((batch, heads, slots[most], width), dtype, name) for name, heads, width, most, dtype in caches}

@@ -129,6 +129,11 @@ def attention_dtype(compute_dtype: Any) -> str:
     return "bfloat16" if is_bfloat16 and get_device() != "cpu" else "float32"
 
 
+def on_accelerator() -> bool:
+    """Whether this process computes on something else than a CPU."""
+    return get_device() != "cpu"
+
+
 def write_slots(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`, in place."""
     if 0 in cache.stride():  # rows that share their memory, as those of several beams do at first

@@ -67,12 +67,12 @@ def _product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def dequantized(codes: torch.Tensor, scales: torch.Tensor, mode: str) -> torch.Tensor:
     """Rows of a quantized matrix in float32."""
+    if mode == "int8" and torch.onnx.is_in_onnx_export():  # an operation of its own, which runtimes do not compute when they load
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear", (codes, scales[:, 0]), {"axis": 0}, dtype=torch.float32, shape=codes.shape
+        )
     if mode == "int8":
         return codes.float() * scales
-    if torch.compiler.is_exporting():  # ONNX has no bitwise arithmetic of bytes that all runtimes know
-        high = torch.floor(codes.float() / 16)
-        halves = torch.stack([codes.float() - 16 * high, high], dim=1)
-    else:
-        halves = torch.stack([codes & 15, codes >> 4], dim=1)
+    halves = torch.stack([codes & 15, codes >> 4], dim=1)
     values = halves.reshape(*scales.shape, -1).float().sub_(8).mul_(scales[:, :, None])
     return values.reshape(codes.shape[0], -1)

@@ -1,18 +1,23 @@
 """Writing a model from another backend: a process of that backend's reads it from files beside the folder, and writes.
 
-`python -m keras_gemma2.export.elsewhere PLACE FOLDER`: PLACE holds `preset/`, `settings.json` and, if one is active, `adapter/`.
+`main` has the arguments PLACE and FOLDER: PLACE holds `preset/`, `settings.json` and, if one is active, `adapter/`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
+from keras_gemma2.export.failures import disk_error, disk_errors
+
 LINES_OF_ERRORS = 12
+# Imports what the caller's process would, wherever that was started from.
+_RUN = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from keras_gemma2.export.elsewhere import main; main()"
 
 
 def write_elsewhere(lm: Any, folder: str, backend: str, format: str, settings: dict[str, Any]) -> None:
@@ -29,7 +34,7 @@ def write_elsewhere(lm: Any, folder: str, backend: str, format: str, settings: d
         OSError: for a full disk.
         RuntimeError: if the process fails.
     """
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder), prefix=".exporting-") as place:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="given-") as place:
         adapters = lm.backbone.adapter_set
         if adapters.active is not None:  # as it is, and not merged: codes of 8 or 4 bits could not hold the sum
             lm.save_adapter(os.path.join(place, "adapter"))
@@ -38,20 +43,23 @@ def write_elsewhere(lm: Any, folder: str, backend: str, format: str, settings: d
         with open(os.path.join(place, "settings.json"), "w", encoding="utf-8") as file:
             json.dump({"format": format, "settings": settings}, file)
         # On the CPU, whatever the devices are: those may be this process's.
-        hidden = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-        command = [sys.executable, "-m", "keras_gemma2.export.elsewhere", place, folder]
+        hidden = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        command = [sys.executable, "-c", _RUN, json.dumps(sys.path), place, folder]
         environment = {**os.environ, "KERAS_BACKEND": backend, **hidden}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode == -signal.SIGKILL:
+        raise RuntimeError(
+            f"The process that writes the {format} was killed, most likely because memory ran out. Close other programs, or use "
+            f"a smaller dtype. Setting KERAS_BACKEND={backend} makes one process of the two, where there is no accelerator."
+        )
     if done.returncode:
         lines = "\n".join(done.stderr.strip().splitlines()[-LINES_OF_ERRORS:])
-        if "No space left on device" in done.stderr:
-            raise OSError(28, f"No space left on device: the process that writes the {format} said\n{lines}")
-        raise RuntimeError(f"The process that writes the {format} ended with code {done.returncode}:\n{lines}")
+        raise disk_error(lines) or RuntimeError(f"The process that writes the {format} ended with code {done.returncode}:\n{lines}")
 
 
 def main() -> None:
     from keras_gemma2 import Gemma2CausalLM
-    from keras_gemma2.export import programs, saved_model
+    from keras_gemma2.export import formats, programs, saved_model
 
     place, folder = sys.argv[1:]
     with open(os.path.join(place, "settings.json"), encoding="utf-8") as file:
@@ -60,11 +68,8 @@ def main() -> None:
     adapter = os.path.join(place, "adapter")
     if os.path.isdir(adapter):
         lm.load_adapter(adapter)
-    if read["format"] == "tf_saved_model":
-        saved_model.write(lm, folder, saved_model.settings_from_config(read["settings"]))
-    else:
-        programs.write(lm, folder, read["format"], programs.Sizes(**read["settings"]))
-
-
-if __name__ == "__main__":
-    main()
+    with disk_errors():
+        if read["format"] == "tf_saved_model":
+            saved_model.write(lm, folder, saved_model.settings_from_config(read["settings"]))
+        else:
+            programs.write(lm, folder, read["format"], formats.Sizes(**read["settings"]))

@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from keras_gemma2.export.programs import check_format, read_sizes, write_program
-from keras_gemma2.export.saved_model import check_folder, read_settings, write_folder
+from keras_gemma2.export.formats import check_folder, check_format, read_sizes
+from keras_gemma2.export.programs import write_program
+from keras_gemma2.export.saved_model import read_settings, write_folder
 from keras_gemma2.staging import folder_path
 
 
@@ -31,19 +32,20 @@ class Exports:
         | "onnx" | ONNX Runtime | `model.onnx`, `model.onnx.data` |
         | "openvino" | OpenVINO | `model.xml`, `model.bin` |
         | "litert" | LiteRT, once TensorFlow Lite | `model.tflite`, with the signatures `prefill` and `decode` |
-        | "stablehlo" | JAX on CPU, GPU and TPU | `model.stablehlo`, `model.safetensors` |
+        | "stablehlo" | JAX on CPU, GPU and TPU | `model.stablehlo`, `weights.safetensors` |
         | "torch" | PyTorch, by `torch.export` | `model.pt2` |
 
         All but the first are one function, a step of a generator's loop, over one copy of the weights:
         `(token_ids [B, T], starts [B], counts [B], caches) -> logits [B, V], new caches`. It runs the `counts` first tokens of each
         row (a prompt, a piece of one, or the token chosen last) behind the `starts` tokens that the caches hold, and gives the
         float32 logits of what follows the last of them. Caches are `[B, K, slots, H]`, zeros at first; one for n tokens has
-        `min(n + 1, most_slots)` slots, with `most_slots` as `export.json` beside the model says for each. B, T and the slots are
-        free, but in "litert", which fixes them; "torch" writes to the caches it is given and returns logits only.
-        `examples/run_exported.py` is such a loop, for each of the runtimes. `tokenizer.model` is the vocabulary.
+        `min(n + 1, most_slots)` slots, with `most_slots` as `export.json` beside the model says for each; n is at least 2. B, T and
+        the slots are free, but in "litert", which fixes them; "torch" writes to the caches it is given and returns logits only.
+        `examples/run_exported.py` is such a loop, for each of the runtimes. `vocabulary.spm` is the vocabulary.
 
         Weights keep their dtype, int8 and int4 their codes; an active adapter goes along. Each format is written by the backend its
-        runtime belongs to (PyTorch for ONNX and OpenVINO), if need be in another process, as `export_saved_model` says.
+        runtime belongs to (PyTorch for ONNX and OpenVINO) on a CPU: with another backend or on an accelerator in another process,
+        as `export_saved_model` says.
 
         Args:
             filepath: the folder, as `export_saved_model` takes it.
@@ -56,8 +58,9 @@ class Exports:
 
         Raises:
             ValueError: as `export_saved_model`; for an unknown format, an `input_signature`, sizes out of range, or a model for
-                which the runtime has no arithmetic: "onnx" and "litert" compute in float32, and "litert" has no 4 bits.
-            CheckpointError: as `export_saved_model`.
+                which the runtime has no arithmetic: "onnx" and "litert" compute in float32; only "torch" and "stablehlo" have
+                4 bits.
+            CheckpointError, RuntimeError: as `export_saved_model`.
             ImportError: if what writes the format is not installed.
 
         Example:
@@ -122,13 +125,14 @@ prompt and new tokens |
             stop_token_ids: as `generate` takes them.
             signatures: names of those to write; None for all that the model can have. Without the first two, TensorFlow Text is not
                 needed.
-            overwrite: whether the folder may hold something: a SavedModel in it is replaced, other files stay.
+            overwrite: whether the folder may hold something: an export in it, of whatever format, is replaced, other files stay.
 
         Raises:
             ValueError: for a sampler that needs Python (a `logits_processor`, keras-hub's), unknown signatures, signatures of text
                 of a model without a preprocessor, or numbers out of range.
             CheckpointError: for a folder that is not empty or cannot be written, or a full disk. Nothing is left half-written.
             ImportError: where TensorFlow is missing.
+            RuntimeError: if the other process fails, with what it said; killed for memory, most likely, if it said nothing.
 
         Example:
             >>> lm = Gemma2CausalLM.from_preset("gemma2_mini_en")

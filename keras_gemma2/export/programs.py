@@ -4,104 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
 from keras_gemma2 import backend
 from keras_gemma2.export.elsewhere import write_elsewhere
+from keras_gemma2.export.failures import disk_errors
+from keras_gemma2.export.formats import DESCRIPTION, FORMATS, VOCABULARY, WEIGHTS, Sizes, owned_files
 from keras_gemma2.export.steps import step
 from keras_gemma2.from_preset import weights_bytes
 from keras_gemma2.staging import replacing_folder
-
-DESCRIPTION, VOCABULARY = "export.json", "tokenizer.model"
-
-
-class Format(NamedTuple):
-    """What a format is written by.
-
-    Args:
-        backend: the Keras backend.
-        packages: what must be installed, each of the name that it is imported by.
-        files: what is written, beside the description and the vocabulary.
-        dtypes: the compute dtypes that its runtime has on CPUs.
-        modes: how weights may be quantized.
-    """
-
-    backend: str
-    packages: tuple[str, ...]
-    files: tuple[str, ...]
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    modes: tuple[str, ...] = ("int8", "int4")
-
-
-_ONNX = ("torch", "onnx", "onnxscript")
-FORMATS = {
-    "onnx": Format("torch", _ONNX, ("model.onnx", "model.onnx.data"), ("float32",)),
-    "openvino": Format("torch", (*_ONNX, "openvino"), ("model.xml", "model.bin")),
-    "litert": Format("tensorflow", ("tensorflow",), ("model.tflite",), ("float32",), ("int8",)),
-    "stablehlo": Format("jax", ("jax",), ("model.stablehlo", "model.safetensors")),
-    "torch": Format("torch", ("torch",), ("model.pt2",)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of a format that has no free ones; elsewhere None.
-
-    Args:
-        batch_size: rows.
-        cache_length: tokens that a row has room for.
-        prefill_length: tokens of a row that one call of `prefill` takes.
-    """
-
-    batch_size: int | None = None
-    cache_length: int | None = None
-    prefill_length: int | None = None
-
-
-def read_sizes(lm: Any, format: str, batch_size: Any, cache_length: Any, prefill_length: Any) -> Sizes:
-    """The sizes of an export, checked, with their defaults; the arguments and errors are those of `Gemma2CausalLM.export`."""
-    given = {"batch_size": batch_size, "cache_length": cache_length, "prefill_length": prefill_length}
-    if format != "litert":
-        fixed = {name: value for name, value in given.items() if value is not None}
-        if fixed:
-            raise ValueError(f"The sizes of format={format!r} are free; only 'litert' fixes them. Leave out {fixed}.")
-        return Sizes()
-    context = lm.backbone.config.max_sequence_length
-    defaults = {"batch_size": 1, "cache_length": min(1024, context), "prefill_length": min(64, context)}
-    most = {"batch_size": 1 << 16, "cache_length": context, "prefill_length": context}
-    for name, value in given.items():
-        least = 2 if name == "cache_length" else 1
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most[name]):
-            raise ValueError(f"`{name}` must be an integer from {least} to {most[name]}. Received: {value!r}.")
-    return Sizes(**{name: defaults[name] if value is None else value for name, value in given.items()})
-
-
-def check_format(format: Any, backbone: Any) -> None:
-    """Raises for a format that is unknown, that cannot hold such a model, or whose packages are missing."""
-    if format not in FORMATS:
-        names = ", ".join(repr(name) for name in ("tf_saved_model", *FORMATS))
-        raise ValueError(f"`format` must be one of {names}. Received: {format!r}.")
-    dtype, mode = backbone.compute_dtype, backbone.dtype_policy.quantization_mode
-    if dtype not in FORMATS[format].dtypes:
-        raise ValueError(
-            f"format={format!r} is for models that compute in {' or '.join(FORMATS[format].dtypes)}: its runtime has no {dtype} on "
-            f"CPUs. Load the model with dtype='float32', and quantize='int8' where it is to be small. "
-            f"Received a model of dtype={backbone.dtype_policy.name!r}."
-        )
-    if mode not in (None, *FORMATS[format].modes):
-        raise ValueError(f"format={format!r} takes weights in {' or '.join(FORMATS[format].modes)}, or floats. Received: {mode!r}.")
-    missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"format={format!r} is written with {', '.join(missing)}, not installed here. "
-            f"Install with: pip install {' '.join(missing)}"
-        )
 
 
 def write_program(lm: Any, target: str, format: str, sizes: Sizes) -> None:
@@ -109,16 +25,23 @@ def write_program(lm: Any, target: str, format: str, sizes: Sizes) -> None:
 
     Raises:
         CheckpointError: if the folder cannot be written or the disk is full.
+        RuntimeError: if the process that writes fails.
     """
-    adapters = lm.backbone.adapter_set
-    # The other process has the active adapter alone.
-    here = keras.backend.backend() == FORMATS[format].backend and not set(adapters.settings) - {adapters.active}
+    here, files = _writes_here(lm, format), (*FORMATS[format].files, DESCRIPTION)
     needed = weights_bytes(lm.backbone) * (1 + (not here) + (format in ("openvino", "litert")))
-    with replacing_folder(target, needed, (*FORMATS[format].files, DESCRIPTION, VOCABULARY)) as staging:
+    with replacing_folder(target, needed, owned_files(target, files)) as staging, disk_errors():
         if here:
             write(lm, staging, format, sizes)
         else:
             write_elsewhere(lm, staging, FORMATS[format].backend, format, dataclasses.asdict(sizes))
+
+
+def _writes_here(lm: Any, format: str) -> bool:
+    """Whether this process writes: one of the format's backend, on a CPU (a program traced for a GPU may not run without), with no
+    adapters but the active one, which is all that another process gets."""
+    adapters = lm.backbone.adapter_set
+    is_its_backend = keras.backend.backend() == FORMATS[format].backend and not backend.on_accelerator()
+    return is_its_backend and not set(adapters.settings) - {adapters.active}
 
 
 def write(lm: Any, folder: str, format: str, sizes: Sizes) -> None:
@@ -134,7 +57,7 @@ def write(lm: Any, folder: str, format: str, sizes: Sizes) -> None:
     elif format == "stablehlo":
         from keras_gemma2.backend.jax_programs import save_stablehlo
 
-        save_stablehlo(function, backbone, caches, context, folder)
+        save_stablehlo(function, backbone, caches, context, folder, WEIGHTS)
     elif format == "torch":
         from keras_gemma2.backend.torch_programs import save_program
 

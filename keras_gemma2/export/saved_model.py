@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from keras_gemma2.errors import CheckpointError
 from keras_gemma2.export.elsewhere import write_elsewhere
+from keras_gemma2.export.failures import disk_errors
+from keras_gemma2.export.formats import SAVED_MODEL_FILES, owned_files
 from keras_gemma2.export.signatures import SIGNATURES, TEXT_SIGNATURES, TOKEN_SIGNATURES, Settings, Signatures
 from keras_gemma2.from_preset import weights_bytes
 from keras_gemma2.generation.requests import GREEDY, check_length, read_sampler, read_stop_token_ids
 from keras_gemma2.generation.sampler import Sampler
 from keras_gemma2.staging import replacing_folder
-
-# What TensorFlow writes, as patterns of paths.
-FILES = ("saved_model.pb", "fingerprint.pb", "variables/*", "assets/*", "assets.extra/*")
 
 
 def write_folder(lm: Any, target: str, settings: Settings) -> None:
@@ -27,11 +24,13 @@ def write_folder(lm: Any, target: str, settings: Settings) -> None:
     Raises:
         CheckpointError: if the folder cannot be written or the disk is full.
         ImportError: where TensorFlow is missing.
+        RuntimeError: if the process that writes fails.
     """
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError("A SavedModel is written by TensorFlow, which is not installed. Install with: pip install tensorflow")
     size, here = weights_bytes(lm.backbone), _traces_here()
-    with replacing_folder(target, size if here else 2 * size, FILES) as staging:
+    owned = owned_files(target, SAVED_MODEL_FILES)
+    with replacing_folder(target, size if here else 2 * size, owned) as staging, disk_errors():
         if here:
             write(lm, staging, settings)
         else:
@@ -85,14 +84,6 @@ def read_settings(
 
 def _possible(lm: Any) -> tuple[str, ...]:
     return TOKEN_SIGNATURES if lm.preprocessor is None else SIGNATURES
-
-
-def check_folder(target: str, overwrite: bool) -> None:
-    """Raises a CheckpointError for a folder that holds something, unless it may be overwritten."""
-    if os.path.isdir(target) and os.listdir(target) and not overwrite:
-        raise CheckpointError(
-            f"The folder {target!r} is not empty. Choose another, or pass `overwrite=True` to replace the export in it."
-        )
 
 
 # For another process ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,9 +163,24 @@ class Signatures:
         return {"logits": self.graph.logits(last), "positions": rows.counts, **self._named(caches)}
 
     def decode_step(self, token_ids: Any, positions: Any, *caches: Any) -> dict[str, Any]:
-        token_ids = self._known(token_ids)
+        token_ids, positions = self._known(token_ids), self._with_room(positions, caches)
         caches, logits = self.graph.step(list(zip(caches[::2], caches[1::2])), token_ids, positions)
         return {"logits": logits, "positions": positions + 1, **self._named(caches)}
+
+    def _with_room(self, positions: Any, caches: Sequence[Any]) -> Any:
+        """`positions`, all of which the caches have room for; a ring of the whole window has for any."""
+        import tensorflow as tf
+
+        context = self.config.max_sequence_length
+        message = f"`positions` must be from 0 to {context - 1}, the context's last. They are not at index"
+        positions = checked((positions >= 0) & (positions < context), message, positions)
+        first = {self.config.window(kind): 2 * layer for layer, kind in enumerate(self.config.layer_types)}
+        for window, place in first.items():
+            room = tf.shape(caches[place])[2] - 1
+            fits = positions < room if window is None else (positions < room) | (room >= window)
+            message = "The caches have no room for `positions`: give `prefill` a larger `cache_length`. They end before index"
+            positions = checked(fits, message, positions)
+        return positions
 
     def _cache_names(self) -> list[str]:
         return [f"{kind}_{layer}" for layer in range(self.config.num_layers) for kind in ("keys", "values")]
