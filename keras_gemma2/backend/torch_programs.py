@@ -40,7 +40,7 @@ def save_program(step: Callable, model: Any, caches: Sequence[Any], context: int
 
     Args:
         step: `(token_ids, starts, counts, caches)` to logits and the caches.
-        model: the module whose parameters it uses.
+        model: the layer whose variables it uses.
         caches: for each cache `(name, heads, width, most_slots, dtype)`, keys and values by turns.
         context: most tokens of a call.
         folder: to write to.
@@ -125,8 +125,8 @@ def _example(caches: Sequence[Any], context: int) -> tuple[tuple, tuple]:
 @contextlib.contextmanager
 def _for_export(model: Any) -> Iterator[None]:
     """A context without gradients, with all codes in plain order, and without warnings about PyTorch's own exporter."""
-    for parameter in model.parameters():
-        torch_packed.plain(parameter)
+    for variable in model.variables:  # not `parameters`, which Keras has for some layers only
+        torch_packed.plain(variable.value)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
