@@ -26,7 +26,7 @@ LAYERS = [
     {"_registration"},
     {"checkpoints"},
     {"presets"},
-    {"finetuning"},
+    {"finetuning", "serving"},
     {"benchmarks", "cli", "cli_chat", "cli_export", "cli_finetune"},
     {"__main__", "__init__"},
 ]

@@ -1,0 +1,1 @@
+"""Serving many requests at once: continuous batching over one set of caches."""

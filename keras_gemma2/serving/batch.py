@@ -1,0 +1,220 @@
+"""Jobs that come and go between steps, over one set of caches: continuous batching.
+
+Every call of compiled code runs some tokens of some rows: a piece of one prompt, or the last token of several rows. Its sizes are
+powers of two, so that there are few of them, and all are known: `Batch.warm_up` compiles them.
+
+Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models" (OSDI 2022), section 3.2, whose
+iteration-level scheduling this is; Agrawal et al., "Sarathi" (arXiv 2308.16369), for prompts in pieces between decoding steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_gemma2 import backend
+from keras_gemma2.cache import Tokens, cache_slots, empty_caches
+from keras_gemma2.generation.decode import extend
+from keras_gemma2.generation.drawing import log_probability, uniforms
+from keras_gemma2.generation.requests import GREEDY
+from keras_gemma2.generation.runner import Runner, cache_bucket
+from keras_gemma2.generation.sampler import PlanKey, Sampler, choose, plan
+from keras_gemma2.serving.jobs import MOST_TOP, Chosen, Job, check_job
+from keras_gemma2.serving.rows import Rows
+
+PIECE = 256  # tokens of a prompt that run between two steps of the other rows, at most
+SHORTEST_PIECE = 16
+
+
+class Batch:
+    """Up to so many jobs at a time.
+
+    Args:
+        backbone: a `Gemma2Backbone`, whose weights must not change meanwhile.
+        size: jobs at a time.
+        length: tokens that each has room for.
+        kept: rows beside those, which hold what ended jobs ran, for others that begin alike.
+        adapters: names of the adapters that jobs may ask for.
+        jit: as `Runner` takes it.
+
+    Attributes:
+        shapes: the sizes of compiled code that have been used; more than after `warm_up` is a compilation.
+        prefilled, reused: tokens of prompts so far that ran, and that were found in the caches.
+    """
+
+    def __init__(
+        self, backbone: Any, size: int, length: int, kept: int = 0, adapters: Sequence[str] = (), jit: bool | None = None
+    ) -> None:
+        config = backbone.config
+        self.backbone, self.size, self.length = backbone, size, length
+        room = cache_bucket(length, config.max_sequence_length)
+        ring = min(cache_slots(room, config.window(kind)) for kind in config.layer_types)
+        self.rows = Rows(size + kept, ring)
+        self.shapes: set[tuple] = set()
+        self.prefilled = self.reused = 0
+        self._caches = empty_caches(config, size + kept, room, backbone.compute_dtype)
+        self._runners = {}
+        for adapter in (None, *adapters):
+            with backbone.adapter_set.only(adapter):
+                self._runners[adapter] = Runner(backbone, jit)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those that have not ended, the oldest first."""
+        return list(self.rows.jobs.values())
+
+    def check(self, job: Job) -> None:
+        """Raises a ValueError for a job that cannot run here."""
+        check_job(job, self.length, self.backbone.config.vocabulary_size, list(self._runners))
+
+    def add(self, job: Job) -> None:
+        """Gives a job a row.
+
+        Raises:
+            ValueError: for a job that cannot run here, or one more than `size`.
+        """
+        self.check(job)
+        if len(self.rows.jobs) >= self.size:
+            raise ValueError(f"The batch has {self.size} jobs already, its `size`. Wait for one to end.")
+        place = self.rows.take(job)
+        self.reused += place.reused
+        if place.source != place.row:
+            self._caches = self._run("copy", None, _copy_row, None, self._caches, np.int32(place.source), np.int32(place.row))
+
+    def remove(self, job: Job) -> None:
+        """Ends a job here; one that has ended already is left alone."""
+        if job.row is not None:
+            self.rows.give_back(job)
+
+    def step(self) -> list[Chosen]:
+        """Runs a piece of one prompt, and chooses a token for every job whose prompt has run.
+
+        Jobs that end give their rows back.
+        """
+        chosen: list[Chosen] = []
+        with backend.no_gradients():
+            prompts = [job for job in self.jobs if job.waiting > 1]
+            ready = [job for job in self.jobs if job.waiting == 1]
+            if prompts:
+                chosen += self._piece(prompts[0])
+            for adapter in dict.fromkeys(job.adapter for job in ready):
+                chosen += self._tokens([job for job in ready if job.adapter == adapter])
+        for one in chosen:
+            if one.token_id is None or one.job.finish_reason is not None:
+                self.remove(one.job)
+        return chosen
+
+    def warm_up(self) -> None:
+        """Compiles everything that steps may need, by running it on rows that keep nothing of it."""
+        with backend.no_gradients():
+            for adapter in self._runners:
+                for count, steps in self._sizes():
+                    nobody = np.zeros(count, "int32")
+                    logits = self._logits(adapter, np.zeros((count, steps), "int32"), nobody, nobody, nobody)
+                    for sampler in (GREEDY, Sampler()) if steps in (1, SHORTEST_PIECE) else ():
+                        self._choose(logits, [sampler] * count, nobody, nobody)
+                    if steps in (1, SHORTEST_PIECE):
+                        self._top(logits)
+            row = np.int32(0)
+            self._caches = self._run("copy", None, _copy_row, None, self._caches, row, row)
+
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        """Rows and steps of each call."""
+        yield from ((1, 1 << power) for power in range(SHORTEST_PIECE.bit_length() - 1, PIECE.bit_length()))
+        yield from ((1 << power, 1) for power in range((self.size - 1).bit_length() + 1))
+
+    # One step -------------------------------------------------------------------------------------------------------------
+
+    def _piece(self, job: Job) -> list[Chosen]:
+        count = min(job.waiting, PIECE)
+        steps = max(SHORTEST_PIECE, 1 << (count - 1).bit_length())
+        token_ids = np.zeros((1, steps), "int32")
+        token_ids[0, :count] = job.token_ids[job.cached : job.cached + count]
+        rows, starts, counts = (np.array([value], "int32") for value in (job.row, job.cached, count))
+        logits = self._logits(job.adapter, token_ids, rows, starts, counts)
+        job.cached += count
+        self.prefilled += count
+        return [] if job.waiting else self._taken([job], logits)
+
+    def _tokens(self, jobs: list[Job]) -> list[Chosen]:
+        """The next token of jobs with one adapter."""
+        count = 1 << (len(jobs) - 1).bit_length()
+        token_ids, rows, starts, counts = (np.zeros(count, "int32") for _ in range(4))
+        for i, job in enumerate(jobs):
+            token_ids[i], rows[i], starts[i], counts[i] = job.token_ids[-1], job.row, job.cached, 1
+        logits = self._logits(jobs[0].adapter, token_ids[:, None], rows, starts, counts)
+        for job in jobs:
+            self.prefilled += job.cached < len(job.prompt)
+            job.cached += 1
+        return self._taken(jobs, logits)
+
+    def _taken(self, jobs: list[Job], logits: Any) -> list[Chosen]:
+        padding = logits.shape[0] - len(jobs)
+        seeds = [job.seed for job in jobs] + [0] * padding
+        positions = np.array([len(job.token_ids) for job in jobs] + [0] * padding, "int32")
+        tokens, logprobs = self._choose(logits, [job.sampler for job in jobs] + [GREEDY] * padding, seeds, positions)
+        tops = self._top(logits) if any(job.top for job in jobs) else None
+        chosen = []
+        for i, job in enumerate(jobs):
+            if tokens[i] < 0:
+                chosen.append(Chosen(job, None, float("nan")))
+                continue
+            job.take(int(tokens[i]))
+            top = () if tops is None else tuple((int(a), float(b)) for a, b in zip(tops[0][i][: job.top], tops[1][i][: job.top]))
+            chosen.append(Chosen(job, int(tokens[i]), float(logprobs[i]), top))
+        return chosen
+
+    def _logits(self, adapter: str | None, token_ids: np.ndarray, *where: np.ndarray) -> Any:
+        """Runs tokens `[b, T]` of some rows; gives the logits `[b, V]` after the last real one of each."""
+        self._caches, logits = self._run("run", adapter, _run_rows, None, self._caches, token_ids, *where)
+        return logits
+
+    def _choose(self, logits: Any, samplers: list[Sampler], seeds: Any, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        planned = plan(samplers, logits.shape[1])
+        # One program for all that draw: greedy rows take their own way in it.
+        key = PlanKey(sampled=planned.key.sampled, greedy=True, penalized=False, biased=False)
+        draws = uniforms([int(seed) for seed in seeds], positions) if key.sampled else np.zeros(len(samplers), "float32")
+        arrays = {name: ops.convert_to_tensor(array) for name, array in planned.arrays.items()}
+        tokens, logprobs = self._run("choose", None, _choose_tokens, key, (), arrays, logits, draws)
+        return ops.convert_to_numpy(tokens), ops.convert_to_numpy(logprobs)
+
+    def _top(self, logits: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest tokens of each row and their log-probabilities, `[b, 20]`."""
+        most = min(MOST_TOP, logits.shape[1])
+        return tuple(ops.convert_to_numpy(found) for found in self._run("top", None, _likeliest, most, (), logits))
+
+    def _run(self, name: str, adapter: str | None, function: Any, key: Any, given_up: Any, *arguments: Any) -> Any:
+        sizes = tuple(tuple(argument.shape) for argument in arguments if hasattr(argument, "shape"))
+        self.shapes.add((name, adapter, key, sizes))
+        tensors = [ops.convert_to_tensor(each) if isinstance(each, (np.ndarray, np.generic)) else each for each in arguments]
+        return self._runners[adapter].compiled(function, key)(given_up, *tensors)
+
+
+# What is compiled -------------------------------------------------------------------------------------------------------
+
+
+def _run_rows(backbone: Any, key: None, caches: Any, token_ids: Any, rows: Any, starts: Any, counts: Any) -> tuple[Any, Any]:
+    x, caches = extend(backbone, caches, token_ids, Tokens(rows, starts, counts, token_ids.shape[1]))
+    last = ops.take_along_axis(x, ops.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return caches, backbone.token_embedding(backbone.layer_norm(last), reverse=True)
+
+
+def _choose_tokens(backbone: Any, key: PlanKey, unused: tuple, arrays: Any, logits: Any, draws: Any) -> tuple[Any, Any]:
+    no_marks = ops.zeros((logits.shape[0], 1), "int8")
+    tokens, _ = choose(key, arrays, no_marks, logits, draws)
+    return tokens, log_probability(logits, ops.maximum(tokens, 0))
+
+
+def _likeliest(backbone: Any, count: int, unused: tuple, logits: Any) -> tuple[Any, Any]:
+    values, index = ops.top_k(ops.log_softmax(logits, axis=-1), count)
+    return index, values
+
+
+def _copy_row(backbone: Any, key: None, caches: Any, source: Any, target: Any) -> Any:
+    def copied(cache: Any) -> Any:
+        return ops.scatter_update(cache, ops.reshape(target, (1, 1)), ops.take(cache, ops.reshape(source, (1,)), axis=0))
+
+    return [tuple(copied(cache) for cache in pair) for pair in caches]

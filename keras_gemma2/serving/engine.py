@@ -1,0 +1,232 @@
+"""The thread that runs a batch: jobs wait in a queue, are told of as they go, and can be cancelled."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from keras_gemma2.serving.batch import Batch
+from keras_gemma2.serving.jobs import Chosen, Job
+
+_LOG = logging.getLogger(__name__)
+
+
+class QueueFullError(RuntimeError):
+    """The queue has no room for another job; try again in a while."""
+
+
+class ClosedError(RuntimeError):
+    """The engine takes no more jobs: it is about to end, or has ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """The end of a job.
+
+    Args:
+        job: which.
+        reason: "stop" or "length" (it is complete), "cancelled", "timeout", or "error".
+        message: of an error, what it was.
+    """
+
+    job: Job
+    reason: str
+    message: str = ""
+
+
+Listener = Callable[[Chosen | Ended], None]
+
+
+@dataclasses.dataclass(eq=False)
+class _Ticket:
+    job: Job
+    listener: Listener
+    deadline: float | None
+
+
+class Engine:
+    """Runs jobs, as many at a time as its batch takes, the others in the order in which they came.
+
+    Args:
+        make_batch: makes the batch; called again if a step fails, which leaves caches that cannot be used.
+        queue_size: jobs that may wait.
+        clock: what time it is, in seconds.
+
+    Example:
+        >>> engine = Engine(lambda: Batch(lm.backbone, 8, 2048))
+        >>> engine.start()
+        >>> engine.submit(Job(token_ids, limit=200), print)
+        >>> engine.close()
+    """
+
+    def __init__(self, make_batch: Callable[[], Batch], queue_size: int = 64, clock: Callable[[], float] = time.monotonic) -> None:
+        if isinstance(queue_size, bool) or not isinstance(queue_size, int) or queue_size < 1:
+            raise ValueError(f"`queue_size` must be an integer of at least 1. Received: {queue_size!r}.")
+        self.batch, self.queue_size, self._make_batch, self._clock = make_batch(), queue_size, make_batch, clock
+        self._waiting: collections.deque[_Ticket] = collections.deque()
+        self._running: dict[Job, _Ticket] = {}
+        self._cancelled: set[Job] = set()
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="keras_gemma2-engine", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Jobs in the batch."""
+        return len(self._running)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes jobs and its thread runs."""
+        return self._thread.is_alive() and not self._closing
+
+    def start(self) -> None:
+        """Begins to run jobs."""
+        self._thread.start()
+
+    def submit(self, job: Job, listener: Listener, time_limit: float | None = None) -> None:
+        """Puts a job into the queue.
+
+        Args:
+            job: a new one.
+            listener: called in the engine's thread with each token, then once with the end. It must return soon.
+            time_limit: seconds from now after which the job ends, whether it runs or waits; None for none.
+
+        Raises:
+            ValueError: for a job that the batch cannot run.
+            QueueFullError: if the queue is full.
+            ClosedError: if the engine is closing.
+        """
+        self.batch.check(job)
+        deadline = None if time_limit is None else self._clock() + time_limit
+        with self._changed:
+            if self._closing:
+                raise ClosedError("The engine takes no more jobs: it is about to end.")
+            if len(self._waiting) >= self.queue_size:
+                raise QueueFullError(f"{len(self._waiting)} jobs wait already, as many as may. Try again in a while.")
+            self._waiting.append(_Ticket(job, listener, deadline))
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job before its next token but one; nothing happens if it has ended."""
+        with self._changed:
+            if job in self._running or any(ticket.job is job for ticket in self._waiting):
+                self._cancelled.add(job)
+                self._changed.notify()
+
+    def close(self, time_limit: float | None = None) -> bool:
+        """Lets the jobs that run end, and cancels those that wait and all new ones.
+
+        Args:
+            time_limit: seconds after which those that run are cancelled, too; None for as long as they take.
+
+        Returns:
+            Whether all that ran came to their ends.
+        """
+        with self._changed:
+            self._closing = True
+            self._cancelled.update(ticket.job for ticket in self._waiting)
+            self._changed.notify()
+        if not self._thread.is_alive():
+            return True
+        self._thread.join(time_limit)
+        complete = not self._thread.is_alive()
+        with self._changed:
+            self._cancelled.update(self._running)
+            self._changed.notify()
+        self._thread.join()
+        return complete
+
+    # The thread -----------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._closing):
+                    self._changed.wait()
+                if self._closing and not self._waiting and not self._running:
+                    return
+                ended = self._take_out()
+                failed = self._take_in()
+            for ticket, end in ended + failed:
+                self._tell(ticket, end)
+            if self._running:
+                self._step()
+
+    def _take_out(self) -> list[tuple[_Ticket, Ended]]:
+        """Removes what is cancelled or too late."""
+        ended, now = [], self._clock()
+        for ticket in [*self._waiting, *self._running.values()]:
+            late = ticket.deadline is not None and now >= ticket.deadline
+            if late or ticket.job in self._cancelled:
+                ended.append((ticket, Ended(ticket.job, "cancelled" if ticket.job in self._cancelled else "timeout")))
+                self.batch.remove(ticket.job)
+                self._running.pop(ticket.job, None)
+        out = {ticket.job for ticket, _ in ended}
+        self._waiting = collections.deque(ticket for ticket in self._waiting if ticket.job not in out)
+        self._cancelled.clear()
+        return ended
+
+    def _take_in(self) -> list[tuple[_Ticket, Ended]]:
+        """Moves jobs from the queue to the batch."""
+        failed = []
+        while self._waiting and len(self._running) < self.batch.size:
+            ticket = self._waiting.popleft()
+            self._running[ticket.job] = ticket
+            try:
+                self.batch.add(ticket.job)
+            except Exception as error:
+                _LOG.exception("A job could not be taken in.")
+                failed += self._give_up(error)
+        return failed
+
+    def _step(self) -> None:
+        try:
+            chosen = self.batch.step()
+        except Exception as error:
+            _LOG.exception("A step failed; the jobs that ran are given up.")
+            with self._changed:
+                failed = self._give_up(error)
+            for ticket, end in failed:
+                self._tell(ticket, end)
+            return
+        for one in chosen:
+            ticket = self._running[one.job]
+            self._tell(ticket, one)
+            if one.token_id is None or one.job.finish_reason is not None:
+                with self._changed:
+                    del self._running[one.job]
+                reason, message = one.job.finish_reason, ""
+                if reason is None:
+                    reason, message = "error", "The model's logits are not numbers (NaN or infinite)."
+                self._tell(ticket, Ended(one.job, reason, message))
+
+    def _give_up(self, error: Exception) -> list[tuple[_Ticket, Ended]]:
+        """Ends all that runs, and makes a new batch: the caches of this one may be half-written."""
+        failed = [(ticket, Ended(job, "error", f"{type(error).__name__}: {error}")) for job, ticket in self._running.items()]
+        self._running.clear()
+        try:
+            self.batch = self._make_batch()
+        except Exception as second:
+            _LOG.exception("No other batch could be made; the engine ends.")
+            self._closing = True
+            failed += [(ticket, Ended(ticket.job, "error", f"{type(second).__name__}: {second}")) for ticket in self._waiting]
+            self._waiting.clear()
+        return failed
+
+    def _tell(self, ticket: _Ticket, what: Any) -> None:
+        try:
+            ticket.listener(what)
+        except Exception:
+            _LOG.exception("A listener failed; its job is cancelled.")
+            self.cancel(ticket.job)
