@@ -11,6 +11,7 @@ from keras_gemma2.serving.batch import Batch
 from keras_gemma2.serving.engine import ClosedError, Ended, Engine, QueueFullError
 from keras_gemma2.serving.jobs import Job
 
+once = pytest.mark.backend_free  # threads and queues; that a model runs in a thread, too, each backend shows in the first test
 PATIENCE = 120  # seconds that a test waits for a thread at most
 
 
@@ -67,6 +68,7 @@ def test_jobs_of_several_threads(lm):
     assert engine.close()
 
 
+@once
 def test_the_queue_has_an_end(lm):
     engine = Engine(lambda: Batch(lm.backbone, 1, 256), queue_size=2)
     for _ in range(2):
@@ -80,6 +82,7 @@ def test_the_queue_has_an_end(lm):
     assert engine.close()  # it was never started
 
 
+@once
 def test_cancelled_within_two_steps(lm, engine):
     """From a listener, as of a client that goes away; one that waits is never run; others go on."""
     long = make(5, 200)
@@ -100,6 +103,7 @@ def test_cancelled_within_two_steps(lm, engine):
     assert free.end().reason == "length"
 
 
+@once
 def test_time_limits(lm):
     """Of a job that runs and of one that waits, by a clock of the test's own."""
     now = [0.0]
@@ -115,6 +119,7 @@ def test_time_limits(lm):
     engine.close()
 
 
+@once
 def test_a_step_that_fails(lm, engine, monkeypatch):
     """What ran ends with an error; what comes after runs in a new batch."""
     first, second = Listener(), Listener()
@@ -135,6 +140,7 @@ def test_a_step_that_fails(lm, engine, monkeypatch):
     assert engine.batch is not old
 
 
+@once
 def test_no_other_batch(lm):
     """All are told, those that wait too, and the engine ends."""
     made = []
@@ -156,6 +162,7 @@ def test_no_other_batch(lm):
         engine.submit(make(5, 5), Listener())
 
 
+@once
 def test_a_listener_that_fails(engine):
     """Its job is cancelled; the engine goes on."""
     seen, other = [], Listener()
@@ -173,6 +180,7 @@ def test_a_listener_that_fails(engine):
     assert seen[-1].reason == "cancelled" and len(seen) < 5 and engine.is_ready
 
 
+@once
 def test_closing(lm):
     """What runs comes to its end; what waits is cancelled; new ones are refused."""
     engine = Engine(lambda: Batch(lm.backbone, 1, 256))
@@ -193,6 +201,7 @@ def test_closing(lm):
         engine.submit(make(5, 5), Listener())
 
 
+@once
 def test_closing_in_a_hurry(lm):
     engine, started = Engine(lambda: Batch(lm.backbone, 1, 256)), threading.Event()
     runs = Listener(3, started.set)
