@@ -1,4 +1,4 @@
-"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune | plan-memory | export`.
+"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune | plan-memory | export | serve`.
 
 `python -m keras_gemma2` is the same.
 
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_plan_memory(commands)
     _add_export(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -152,6 +153,18 @@ def _add_export(commands) -> None:
     )
     add_options(parser.add_argument, _at_least, _probability)
     parser.set_defaults(run=_export)
+
+
+def _add_serve(commands) -> None:
+    from keras_gemma2.cli_serve import add_options
+
+    parser = commands.add_parser(
+        "serve",
+        help="answer requests over HTTP, as OpenAI's interface has them",
+        description="Serves a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /health, /ready.",
+    )
+    add_options(parser.add_argument, _at_least, BACKENDS, DEFAULT_PRESET)
+    parser.set_defaults(run=_serve)
 
 
 def _add_plan_memory(commands) -> None:
@@ -353,3 +366,13 @@ def _plan_memory(options: argparse.Namespace) -> int:
     )
     print(f"{options.preset}: {report}")
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from keras_gemma2.cli_serve import check_options, serve_command
+    from keras_gemma2.presets.registry import resolve
+
+    adapters = check_options(options)
+    resolve(options.preset)  # before the seconds that a backend takes to import
+    _choose_backend(options.backend)
+    return serve_command(_load(options.preset, options.dtype, options.quantize), options, adapters)

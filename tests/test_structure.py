@@ -27,7 +27,7 @@ LAYERS = [
     {"checkpoints"},
     {"presets"},
     {"finetuning", "serving"},
-    {"benchmarks", "cli", "cli_chat", "cli_export", "cli_finetune"},
+    {"benchmarks", "cli", "cli_chat", "cli_export", "cli_finetune", "cli_serve"},
     {"__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,187 @@
+"""What a server keeps out, over real connections, and the command that starts and ends one."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from keras_gemma2.serving.guard import Guard, Limits
+
+pytestmark = pytest.mark.backend_free
+PATIENCE = 120
+JSON = {"Content-Type": "application/json"}
+
+
+async def echo(scope, receive, send):
+    """Answers with the body it was given."""
+    if scope["type"] == "http":
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+@contextlib.contextmanager
+def guarded(**limits):
+    server = uvicorn.Server(uvicorn.Config(Guard(echo, Limits(**limits)), log_level="error", lifespan="off"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        started = time.monotonic()
+        while not server.started and time.monotonic() < started + PATIENCE:
+            time.sleep(0.01)
+        try:
+            yield listening.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+
+
+def ask(address, method="POST", path="/v1/completions", body=b"{}", headers=JSON):
+    connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    found = answer.status, answer.read()
+    connection.close()
+    return found
+
+
+def message(answer):
+    error = json.loads(answer)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error["message"]
+
+
+def test_what_comes_through():
+    with guarded(body_bytes=1000) as address:
+        assert ask(address, body=b"x" * 1000) == (200, b"x" * 1000)
+        assert ask(address, headers={"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+        assert ask(address, "GET", body=None, headers={})[0] == 200
+        assert ask(address, headers={**JSON, "Origin": "http://{}:{}".format(*address)})[0] == 200
+
+
+def test_bodies_that_are_too_large():
+    """Said in the header, or found in chunks; the server goes on."""
+    with guarded(body_bytes=1000) as address:
+        status, answer = ask(address, body=b"x" * 1001)
+        assert status == 413 and "more than 1000 bytes" in message(answer)
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        connection.request("POST", "/", iter([b"x" * 600] * 2), JSON, encode_chunked=True)
+        assert connection.getresponse().status == 413
+        connection.close()
+        # 100 MB are not read.
+        with socket.create_connection(address, PATIENCE) as raw:
+            raw.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100000000\r\n\r\nxx")
+            assert raw.recv(100).startswith(b"HTTP/1.1 413")
+        assert ask(address)[0] == 200
+
+
+def test_bodies_that_do_not_arrive():
+    with guarded(body_seconds=0.2) as address, socket.create_connection(address, PATIENCE) as raw:
+        raw.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 10\r\n\r\nxx")
+        assert raw.recv(100).startswith(b"HTTP/1.1 408")
+        assert ask(address)[0] == 200
+
+
+def test_keys():
+    with guarded(api_key="sesame é") as address:
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "sesame é"}):
+            status, answer = ask(address, headers={**JSON, **given})
+            assert status == 401 and "API key is missing or wrong" in message(answer)
+        right = {"Authorization": "Bearer sesame é".encode()}
+        assert ask(address, headers={**JSON, **right})[0] == 200
+        assert ask(address, "GET", "/health", None, {})[0] == 200
+        assert ask(address, "GET", "/v1/models", None, {})[0] == 401
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"Content-Type": "text/plain"}, 415),  # what a page of another origin can send unasked
+        ({}, 415),
+        ({**JSON, "Origin": "https://example.com"}, 403),
+        ({**JSON, "Origin": "null"}, 403),
+        ({**JSON, "Origin": "http://[::1"}, 403),
+        ({**JSON, "Host": "evil.example:8000"}, 403),
+        ({**JSON, "Host": "[::1"}, 403),
+        ({**JSON, "Host": "localhost:1"}, 200),
+        ({**JSON, "Host": "[::1]:8000"}, 200),
+    ],
+)
+def test_other_origins_and_names(headers, status):
+    with guarded(hosts=frozenset({"localhost", "127.0.0.1", "::1"})) as address:
+        assert ask(address, headers=headers)[0] == status
+
+
+# The command ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def served(*arguments):
+    """`keras-gemma2 serve` on a free port: its process and its address."""
+    command = [sys.executable, "-m", "keras_gemma2", "serve", "--port", "0", "--max-length", "256", "--max-batch", "2", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
+    try:
+        found = None
+        while found is None:
+            line = process.stderr.readline()
+            assert line, process.wait()
+            found = re.search(r"serving at http://([\d.]+):(\d+)/v1", line)
+        yield process, (found[1], int(found[2]))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_the_command():
+    """One that ends on SIGTERM: what runs is answered, what comes is refused."""
+    with served("--name", "mini", "--api-key", "k", "--dtype", "float32") as (process, address):
+        headers = {**JSON, "Authorization": "Bearer k"}
+        status, answer = ask(address, "GET", "/v1/models", None, headers)
+        assert status == 200 and [model["id"] for model in json.loads(answer)["data"]] == ["mini"]
+        assert ask(address, "GET", "/v1/models", None, {})[0] == 401
+        stream = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        waiting = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        waiting.connect()
+        body = {"prompt": "The", "max_tokens": 200, "temperature": 0, "stream": True}
+        stream.request("POST", "/v1/completions", json.dumps(body), headers)
+        running = stream.getresponse()
+        assert running.readline().startswith(b"data: {")
+        process.send_signal(signal.SIGTERM)
+        statuses = set()
+        with contextlib.suppress(OSError, http.client.HTTPException):  # until it listens no more
+            while True:
+                statuses.add(ask(address, body=json.dumps({"prompt": "a", "max_tokens": 1}), headers=headers)[0])
+                time.sleep(0.01)
+        rest = running.read()
+        assert rest.endswith(b"data: [DONE]\n\n") and b'"finish_reason": "length"' in rest
+        assert 503 in statuses and statuses <= {200, 503}
+        assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--adapter", "x"], "argument --adapter: must be NAME=FOLDER"),
+        (["--adapter", "x=/no/such/folder"], "there is no folder '/no/such/folder'"),
+        (["--port", "70000"], "argument --port: must be at most 65535"),
+        (["--max-length", "100000"], "argument --max-length: the model's context has"),
+        (["--max-batch", "0"], "must be an integer of at least 1"),
+        (["--preset", "no_such_preset"], "no_such_preset"),
+    ],
+)
+def test_wrong_options(arguments, words):
+    command = [sys.executable, "-m", "keras_gemma2", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and words in done.stderr
