@@ -110,8 +110,11 @@ class LayerCache:
         is_static = isinstance(self.slots, int)
         if self.tokens.whole or (is_static and self.slots <= BLOCK):
             return self._add_block(softmax, state, last, 0, self.slots)
-        size = BLOCK if is_static else ops.minimum(self.slots, BLOCK)
         filled = ops.minimum(ops.max(last) + 1, self.slots)
+        if not is_static and isinstance(self.tokens.steps, int):
+            # One query's scores are few; a loop would take longer than the rest of a small model's attention.
+            return self._add_block(softmax, state, last, 0, filled)
+        size = BLOCK if is_static else ops.minimum(self.slots, BLOCK)
         blocks = (filled + size - 1) // size
 
         def add(i: Any, state: Any) -> tuple[Any, Any]:

@@ -33,8 +33,11 @@ def stop(lm, rows):
 
 @pytest.fixture(scope="module")
 def folder(lm, stop, tmp_path_factory):
+    """An export whose table is in parts, as a large one's is."""
     folder = tmp_path_factory.mktemp("saved") / "served" / "1"
-    lm.export(folder, max_new_tokens=N, stop_token_ids=[1, 107, stop], sampler="greedy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("keras_gemma2.backend.tensorflow_graph.PART_BYTES", lm.backbone.config.hidden_dim * 4 * 1500)
+        lm.export(folder, max_new_tokens=N, stop_token_ids=[1, 107, stop], sampler="greedy")
     return folder
 
 
@@ -196,10 +199,13 @@ def test_wrong_inputs_are_named(answers, name, words):
     assert all(word in answers[name] for word in words)
 
 
-def test_against_the_naive_generator(tmp_path):
+def test_against_the_naive_generator(tmp_path, monkeypatch):
     """transformers' model, a token at a time without a cache; token signatures in a process without TensorFlow Text."""
     source, model = hugging_face_folder()
-    Gemma2CausalLM.from_preset(source).export(tmp_path / "served", max_new_tokens=12, sampler="greedy")
+    lm = Gemma2CausalLM.from_preset(source)
+    # The table in parts of 33, 32 and 32 rows.
+    monkeypatch.setattr("keras_gemma2.backend.tensorflow_graph.PART_BYTES", lm.backbone.config.hidden_dim * 4 * 40)
+    lm.export(tmp_path / "served", max_new_tokens=12, sampler="greedy")
     prompts = [np.random.default_rng(0).integers(3, 97, n).tolist() for n in (9, 2)]
     (found,) = ask(tmp_path / "served", ("generate_tokens", padded(prompts, 9)), kind="tokens")
     for i, prompt in enumerate(prompts):
@@ -211,7 +217,24 @@ def test_against_the_naive_generator(tmp_path):
 
 
 def test_weights_are_stored_once(lm, folder):
+    import tensorflow as tf
+
+    width = lm.backbone.config.hidden_dim
+    stored = [shape for _, shape in tf.train.list_variables(str(folder / "variables" / "variables"))]
+    assert stored.count([1024, width]) == 4 and [4096, width] not in stored  # the table's parts, restored side by side
     assert all_bytes(lm) < data_bytes(folder) < 1.01 * all_bytes(lm) + 4096  # an index of some bytes a weight
+
+
+def test_a_bfloat16_table_in_parts(tmp_path, monkeypatch, rows):
+    lm, inputs, found = small_lm(dtype="bfloat16"), padded(rows, 30), []
+    for most in (1 << 30, 2000 * lm.backbone.config.hidden_dim * 2):
+        monkeypatch.setattr("keras_gemma2.backend.tensorflow_graph.PART_BYTES", most)
+        lm.export(tmp_path / str(most), signatures=["logits"])
+        assert data_bytes(tmp_path / str(most)) < 1.01 * all_bytes(lm) + 4096
+        found += ask(tmp_path / str(most), ("logits", inputs), kind="tokens")
+    # The same products of the same numbers, of which a matrix of other rows may sum some in another order.
+    assert np.abs(found[0]["logits"] - found[1]["logits"]).max() < 1e-5
+    assert np.abs(found[0]["logits"]).max() > 1
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,12 +36,18 @@ def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) 
     if value is not None and dtype == "bfloat16":
         out = tensorflow_words.dot(tf.cast(rows, tf.bfloat16), value, tf.float32)
     else:
-        kernel = tf.convert_to_tensor(keras.ops.convert_to_tensor(kernel, dtype=dtype))  # Keras leaves a variable one
-        half = kernel.dtype in (tf.bfloat16, tf.float16) and not tf.config.list_logical_devices("GPU")
-        out = _linear_in_blocks(rows, kernel) if half else tensorflow_graph.product(rows, kernel)
+        parts = tensorflow_graph.parts_of(kernel)
+        one = functools.partial(_product, dtype=dtype)
+        out = one(rows, kernel) if len(parts) == 1 else tensorflow_graph.joined_product(rows, parts, one)
     out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [units]], axis=0))
     out.set_shape(x.shape[:-1].concatenate(units))
     return tf.cast(out, tf.float32 if float32_output else x.dtype)
+
+
+def _product(rows: tf.Tensor, kernel: Any, dtype: str) -> tf.Tensor:
+    kernel = tf.convert_to_tensor(keras.ops.convert_to_tensor(kernel, dtype=dtype))  # Keras leaves a variable one
+    half = kernel.dtype in (tf.bfloat16, tf.float16) and not tf.config.list_logical_devices("GPU")
+    return _linear_in_blocks(rows, kernel) if half else tensorflow_graph.product(rows, kernel)
 
 
 @tf.custom_gradient
@@ -75,7 +82,11 @@ def quantized_linear(x: tf.Tensor, codes: Any, scales: Any, mode: str, float32_o
 
 def take_rows(table: Any, indices: tf.Tensor) -> tf.Tensor:
     """Rows of a variable or tensor `[V, D]` at `indices [...]`: `[..., D]`, in the table's dtype or a wider one."""
-    words = tensorflow_words.words_of(table)
+    words, parts = tensorflow_words.words_of(table), tensorflow_graph.parts_of(table)
+    if len(parts) > 1:
+        # Of tensors: a variable of which rows are taken is copied from then on whenever it is read as a whole.
+        parts = [tf.convert_to_tensor(part) for part in parts]
+        return tf.compat.v1.nn.embedding_lookup(parts, indices, partition_strategy="div")
     return keras.ops.take(table, indices, axis=0) if words is None else tensorflow_words.widened(tf.gather(words, indices))
 
 

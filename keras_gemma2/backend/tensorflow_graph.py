@@ -2,6 +2,9 @@
 
 Its product of some three to thirty rows takes twice as long as reading the matrix; cut into blocks, of which each core takes some,
 the same product takes no longer than with one row.
+
+TensorFlow restores a variable with one thread: a table of some GB takes longer than all other weights. In a SavedModel it is
+several variables.
 """
 
 from __future__ import annotations
@@ -11,13 +14,16 @@ import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 
+PART_BYTES = 1 << 30  # of a matrix, at most, in a variable of a SavedModel
 FEWEST, MOST = 3, 32  # rows for which blocks are faster
 LARGE = 1 << 15  # rows of a matrix, from which on one block is slower than the plain product
 ROWS_A_BLOCK = (128, 2048)  # of the matrix
 # Whether the number of rows is "any", which an operation has to look at, or is known to be "few", or not to be ("plain").
 _ROWS: contextvars.ContextVar[str | None] = contextvars.ContextVar("rows", default=None)
+_PARTS: contextvars.ContextVar[dict[int, list[tf.Variable]] | None] = contextvars.ContextVar("parts", default=None)
 
 
 @contextlib.contextmanager
@@ -47,6 +53,44 @@ def by_rows(count: tf.Tensor, function: Callable[[], Any]) -> Any:
 
 def _is_few(count: tf.Tensor) -> tf.Tensor:
     return tf.logical_and(count >= FEWEST, count <= MOST)
+
+
+@contextlib.contextmanager
+def in_parts(matrix: keras.Variable) -> Iterator[None]:
+    """A context for tracing a graph to which a large matrix is several variables, each some of its rows, of the same memory."""
+    token = _PARTS.set({id(matrix): _parts(matrix)})
+    try:
+        yield
+    finally:
+        _PARTS.reset(token)
+
+
+def _parts(matrix: keras.Variable) -> list[Any]:
+    value = tf.convert_to_tensor(matrix.value)
+    rows, width = value.shape
+    fewest = -(-rows * width * value.dtype.size // PART_BYTES)
+    if fewest == 1 or not value.dtype.is_floating:  # codes are taken by other functions
+        return [matrix]
+    # Some more, where their products can be cut into blocks then.
+    counts = (count for count in range(fewest, 2 * fewest) if rows % count == 0 and _block_size(rows // count))
+    count = next(counts, fewest)
+    sizes = [rows // count + (part < rows % count) for part in range(count)]  # as `embedding_lookup` wants them
+    # A slice of rows is a view, and a variable keeps the tensor that it starts with.
+    return [tf.Variable(value[sum(sizes[:part]) :][:size], trainable=False) for part, size in enumerate(sizes)]
+
+
+def parts_of(matrix: Any) -> list[Any]:
+    """The matrix, or the variables that stand for it in the graph being traced."""
+    return (_PARTS.get() or {}).get(id(matrix), [matrix])
+
+
+def joined_product(rows: tf.Tensor, parts: list[tf.Variable], one: Callable[[tf.Tensor, Any], tf.Tensor]) -> tf.Tensor:
+    """`[R, out]`, of what `one` gives for rows `[R, in]` and each part of a matrix."""
+
+    def joined() -> tf.Tensor:
+        return tf.concat([one(rows, part) for part in parts], axis=1)
+
+    return by_rows(tf.shape(rows)[0], joined) if _ROWS.get() == "any" and rows.shape[0] is None else joined()
 
 
 def load(folder: str) -> Any:

@@ -1,16 +1,19 @@
 """The SavedModel against the model it was made of, and against keras-hub's export.
 
 2B's widths with random weights. Decoding is greedy, one row, a prompt of 32 tokens; the time of a token is that of a call for many
-less that of one for a single token. A load is `tf.saved_model.load` in a fresh process, a read that of the same files into memory
-of another fresh process; both from the disk, and again, when the system may have the files in memory. Scores are those of 64 rows
-of 32 tokens; keras-hub's SavedModel gives logits, of which the same is computed.
+less that of one for a single token, both models in one process and by turns. A load is `tf.saved_model.load` in a fresh process, a
+read that of the same files into memory of another fresh process, by turns; both from the disk, and again, when the system may have
+the files in memory. Scores are those of 64 rows of 32 tokens; keras-hub's SavedModel gives logits, of which the same is computed.
+Times are medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +23,9 @@ from typing import Any
 from keras_gemma2.benchmarks.machine import device_name, repeated, seconds
 from keras_gemma2.benchmarks.processes import NARROW, WIDTHS_2B, in_fresh_process
 
-PROMPT, ROWS, LENGTH, REPEATS = 32, 64, 32, 3
-STEPS = ("make", "make_keras_hub", "read_disk", "load_disk", "read", "load", "saved_model", "score", "score_keras_hub")
+PROMPT, ROWS, LENGTH, REPEATS, LOADS = 32, 64, 32, 5, 3
+MAKING, DECODING, SCORING = ("make", "make_keras_hub"), ("decode",), ("score", "score_keras_hub")
+STEPS = (*MAKING, *("read_disk", "load_disk") * LOADS, *("read", "load") * LOADS, *DECODING, *SCORING)
 
 
 def add_command(commands: Any) -> None:
@@ -33,7 +37,7 @@ def add_command(commands: Any) -> None:
     add("--new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--no-peers", action="store_true", help="leave keras-hub out")
     add("--quick", action="store_true", help="narrow models, to see that it runs")
-    add("--child", choices=STEPS, help=argparse.SUPPRESS)
+    add("--child", choices=sorted(set(STEPS)), help=argparse.SUPPRESS)
     add("--folder", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
@@ -46,13 +50,14 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shared = ["--folder", folder, "--layers", str(options.layers), "--dtype", options.dtype]
         shared += ["--new-tokens", str(options.new_tokens), *(["--quick"] if options.quick else [])]
-        found: dict[str, float] = {}
+        found: dict[str, list[float]] = {}
         for step in STEPS:
             if not (options.no_peers and step.endswith("keras_hub")):
-                found |= in_fresh_process("export", "tensorflow", "--child", step, *shared)
+                for name, value in in_fresh_process("export", "tensorflow", "--child", step, *shared).items():
+                    found.setdefault(name, []).append(value)
     widths = "Narrow layers" if options.quick else "Gemma 2 2B's widths"
     print(f"{widths}, {options.layers} layers, {options.dtype}; {device_name()}\n")
-    print("\n".join(_table(found)))
+    print("\n".join(_table({name: statistics.median(values) for name, values in found.items()})))
 
 
 def _table(found: dict[str, float]) -> list[str]:
@@ -85,7 +90,7 @@ def _child(options: argparse.Namespace) -> dict[str, float]:
         "load_disk": lambda: {"load_disk": _load(_forgotten(ours))[1]},
         "read": lambda: {"read": seconds(lambda: _read(ours))},
         "load": lambda: {"load": _load(ours)[1]},
-        "saved_model": lambda: {"saved_model": _decoding(options, ours)},
+        "decode": lambda: _decoding(options, ours),
         "score": lambda: {"score": _scoring(ours)},
         "score_keras_hub": lambda: {"score_keras_hub": _scoring_keras_hub(theirs)},
     }
@@ -97,18 +102,17 @@ def _numbers(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _make(options: argparse.Namespace, folder: str) -> dict[str, float]:
-    """Exports; times `generate` on the way."""
-    from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
     from keras_gemma2.from_preset import weights_bytes
 
-    lm = Gemma2CausalLM(Gemma2Backbone(**_numbers(options)), None)
+    lm = _model(options)
     wrote = seconds(lambda: lm.export(folder, max_new_tokens=options.new_tokens, stop_token_ids=None, sampler="greedy"))
+    return {"weights": float(weights_bytes(lm.backbone)), "size": _size(folder), "seconds": wrote}
 
-    def write(count: int) -> Any:
-        return lm.generate(_inputs(1, PROMPT), max_new_tokens=count, stop_token_ids=None)
 
-    token = _token_time(write, options.new_tokens)
-    return {"weights": float(weights_bytes(lm.backbone)), "size": _size(folder), "generate": token, "seconds": wrote}
+def _model(options: argparse.Namespace) -> Any:
+    from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
+
+    return Gemma2CausalLM(Gemma2Backbone(**_numbers(options)), None)
 
 
 def _make_keras_hub(options: argparse.Namespace, folder: str) -> dict[str, float]:
@@ -125,10 +129,8 @@ def _size(folder: str) -> float:
     return float(sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()))
 
 
-def _read(folder: str) -> list[Any]:
-    import numpy as np
-
-    return [np.fromfile(path, "uint8") for path in Path(folder).rglob("*") if path.is_file()]
+def _read(folder: str) -> list[bytes]:
+    return [path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()]
 
 
 def _forgotten(folder: str) -> str:
@@ -151,18 +153,27 @@ def _load(folder: str) -> tuple[Any, float]:
     return load(folder), time.perf_counter() - start
 
 
-def _decoding(options: argparse.Namespace, folder: str) -> float:
+def _decoding(options: argparse.Namespace, folder: str) -> dict[str, float]:
     from keras import ops
 
-    served, inputs = _load(folder)[0], _tensors(1, PROMPT)
+    lm, (served, _) = _model(options), _load(folder)
+    arrays, tensors = _inputs(1, PROMPT), _tensors(1, PROMPT)
     length = ops.convert_to_tensor(PROMPT + options.new_tokens, "int32")
 
-    def write(count: int) -> Any:
+    def saved_model(count: int) -> Any:
         if count > 1:
-            return served.signatures["generate_tokens"](**inputs)
-        return served.signatures["prefill"](**inputs, cache_length=length)
+            return served.signatures["generate_tokens"](**tensors)
+        return served.signatures["prefill"](**tensors, cache_length=length)
 
-    return _token_time(write, options.new_tokens)
+    def generate(count: int) -> Any:
+        return lm.generate(arrays, max_new_tokens=count, stop_token_ids=None)
+
+    found: dict[str, list[float]] = {"saved_model": [], "generate": []}
+    for _ in range(REPEATS + 1):
+        for name, write in (("saved_model", saved_model), ("generate", generate)):
+            one, many = (seconds(functools.partial(write, count)) for count in (1, options.new_tokens))
+            found[name].append((many - one) / (options.new_tokens - 1))
+    return {name: statistics.median(times[1:]) for name, times in found.items()}  # the first compiled, or optimized
 
 
 def _scoring(folder: str) -> float:
@@ -200,10 +211,3 @@ def _tensors(rows: int, length: int) -> dict[str, Any]:
     from keras import ops
 
     return {name: ops.convert_to_tensor(array) for name, array in _inputs(rows, length).items()}
-
-
-def _token_time(write: Callable[[int], Any], count: int) -> float:
-    """Seconds a token; each kind of call once before, to compile or optimize it."""
-    write(1)
-    write(count)
-    return (repeated(lambda: write(count), REPEATS) - repeated(lambda: write(1), REPEATS)) / (count - 1)

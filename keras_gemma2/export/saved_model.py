@@ -43,11 +43,11 @@ def _traces_here() -> bool:
 
 def write(lm: Any, folder: str, settings: Settings) -> None:
     """Traces the signatures and writes them to an empty folder; with TensorFlow as Keras's backend."""
-    from keras_gemma2.backend.tensorflow_graph import dynamic_graph
+    from keras_gemma2.backend.tensorflow_graph import dynamic_graph, in_parts
 
     made = Signatures(lm, settings)
     archive = keras.export.ExportArchive()
-    with dynamic_graph():
+    with dynamic_graph(), in_parts(lm.backbone.token_embedding.embeddings):
         for name, (function, specs) in made.endpoints().items():
             archive.add_endpoint(name, function, input_signature=specs)
         for resource in made.text.resources if made.text else []:
