@@ -225,6 +225,44 @@ def test_weights_are_stored_once(lm, folder):
     assert all_bytes(lm) < data_bytes(folder) < 1.01 * all_bytes(lm) + 4096  # an index of some bytes a weight
 
 
+def test_a_graph_without_repetitions(tmp_path, folder):
+    """Equal operations become one, random and stateful ones do not; the answers above are those of such a graph."""
+    import tensorflow as tf
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    from keras_gemma2.backend.tensorflow_merging import merge_duplicates
+
+    module = tf.Module()
+    module.counter = tf.Variable(0)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None])])
+    def function(x):
+        draws = [tf.random.uniform([2]) for _ in range(2)]  # of the same attributes
+        counts = [module.counter.assign_add(1).read_value() for _ in range(2)]
+        sums = [tf.reshape(x, (tf.shape(x)[1], tf.shape(x)[0])) + float(tf.shape(x).shape[0]) for _ in range(2)]
+        with tf.Graph.colocate_with(tf.compat.v1.get_default_graph(), sums[1].op):
+            placed = tf.tile(sums[1], [1, 2])
+        return {"draws": tf.stack(draws), "counts": tf.stack(counts), "sums": sums[0] + sums[1], "placed": placed}
+
+    def nodes(saved):
+        model = saved_model_pb2.SavedModel.FromString((saved / "saved_model.pb").read_bytes())
+        functions = model.meta_graphs[0].graph_def.library.function
+        return [[node.op for node in function.node_def] for function in functions]
+
+    tf.saved_model.save(module, str(tmp_path), signatures=function)
+    before = sum(map(len, nodes(tmp_path)))
+    merge_duplicates(str(tmp_path))
+    after = next(operations for operations in nodes(tmp_path) if operations.count("AssignAddVariableOp"))
+    assert sum(map(len, nodes(tmp_path))) < before
+    assert after.count("RandomUniform") == 2 and after.count("AssignAddVariableOp") == 2 and after.count("Shape") == 1
+    x = np.random.default_rng(0).normal(size=(2, 3)).astype("float32")
+    found = tf.saved_model.load(str(tmp_path)).signatures["serving_default"](tf.constant(x))
+    assert found["counts"].numpy().tolist() == [1, 2] and len(set(found["draws"].numpy().ravel())) == 4
+    assert np.allclose(found["sums"], 2 * (x.reshape(3, 2) + 2)) and np.allclose(found["placed"], np.tile(x.reshape(3, 2) + 2, 2))
+    merged = nodes(folder)
+    assert max(operations.count("Shape") for operations in merged) < 15 and sum(map(len, merged)) > 1000
+
+
 def test_a_bfloat16_table_in_parts(tmp_path, monkeypatch, rows):
     lm, inputs, found = small_lm(dtype="bfloat16"), padded(rows, 30), []
     for most in (1 << 30, 2000 * lm.backbone.config.hidden_dim * 2):

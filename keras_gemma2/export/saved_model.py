@@ -44,6 +44,7 @@ def _traces_here() -> bool:
 def write(lm: Any, folder: str, settings: Settings) -> None:
     """Traces the signatures and writes them to an empty folder; with TensorFlow as Keras's backend."""
     from keras_gemma2.backend.tensorflow_graph import dynamic_graph, in_parts
+    from keras_gemma2.backend.tensorflow_merging import merge_duplicates
 
     made = Signatures(lm, settings)
     archive = keras.export.ExportArchive()
@@ -53,6 +54,7 @@ def write(lm: Any, folder: str, settings: Settings) -> None:
         for resource in made.text.resources if made.text else []:
             archive.track(resource)
         archive.write_out(folder, verbose=False)
+    merge_duplicates(folder)
 
 
 def read_settings(
