@@ -96,6 +96,8 @@ def test_completions(lm, client):
         for i, text in enumerate([PROMPT, PROMPT, "Call me", "Call me"])
     ]
     assert [choice.text for choice in drawn.choices] == wanted and [choice.index for choice in drawn.choices] == [0, 1, 2, 3]
+    # A prompt counts once, however many choices it has.
+    assert drawn.usage.prompt_tokens == sum(map(len, lm.preprocessor.prompt_ids([PROMPT, "Call me"])))
     assert len(client.completions.create(model="mini", prompt=PROMPT).choices[0].text) > 5  # 16 tokens, of any seed
 
 

@@ -128,10 +128,10 @@ async def _answer(served: Served, body: Any, prompts: Sequence[list[int]], reque
         raise RefusedError(400, str(error), "prompt") from error
     model = served.name if body.model is None else body.model
     bodies = Bodies(chat, model, body.top, lambda token_id: tokenizer.detokenize([token_id]))
-    count = sum(map(len, prompts)) * body.choices
+    count = sum(map(len, prompts))
 
     def counted() -> dict[str, Any]:
-        return usage(count, sum(job.reused for job in jobs), choices.tokens)
+        return usage(count, sum(job.reused for job in jobs[:: body.choices]), choices.tokens)
 
     if body.stream:
         events = _events(choices, bodies, chat, counted if body.counts_usage else None)
