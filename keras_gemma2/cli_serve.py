@@ -46,9 +46,10 @@ def check_options(options: argparse.Namespace) -> dict[str, str]:
         ValueError: for options that do not fit together.
         ImportError: without the packages of an HTTP server.
     """
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fastapi", "prometheus_client", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"`serve` needs {' and '.join(missing)}, not installed. Install with: pip install {' '.join(missing)}")
+        names = " ".join(name.replace("_", "-") for name in missing)
+        raise ImportError(f"`serve` needs {' and '.join(missing)}, not installed. Install with: pip install {names}")
     adapters: dict[str, str] = {}
     for each in options.adapter:
         name, equals, folder = each.partition("=")
@@ -73,10 +74,11 @@ def serve_command(lm: Any, options: argparse.Namespace, adapters: dict[str, str]
     """Serves until a signal ends it; returns the exit code."""
     import uvicorn
 
-    from keras_gemma2.serving.app import Served, make_app
+    from keras_gemma2.serving.app import PATHS, Served, make_app
     from keras_gemma2.serving.batch import Batch
     from keras_gemma2.serving.engine import Engine
     from keras_gemma2.serving.guard import Guard, Limits
+    from keras_gemma2.serving.metrics import Metrics
 
     for name, folder in adapters.items():
         lm.load_adapter(folder, name=name)
@@ -92,12 +94,12 @@ def serve_command(lm: Any, options: argparse.Namespace, adapters: dict[str, str]
 
     print("keras-gemma2: compiling ...", file=sys.stderr, flush=True)
     engine = Engine(make_batch, options.queue)
-    app = make_app(Served(engine, lm.preprocessor, model_name(options), tuple(adapters), length, options.time_limit or None))
+    metrics, time_limit = Metrics(engine), options.time_limit or None
+    app = make_app(Served(engine, lm.preprocessor, model_name(options), tuple(adapters), length, time_limit, metrics))
     key = options.api_key or os.environ.get("KERAS_GEMMA2_API_KEY") or None
     hosts = frozenset(LOOPBACK) if options.host in LOOPBACK else None
-    config = uvicorn.Config(
-        Guard(app, Limits(key, hosts=hosts)), options.host, options.port, log_level="warning", timeout_graceful_shutdown=10
-    )
+    guarded = metrics.counting(Guard(app, Limits(key, hosts=hosts)), PATHS)
+    config = uvicorn.Config(guarded, options.host, options.port, log_level="warning", timeout_graceful_shutdown=10)
     server = _server(engine, uvicorn.Server)(config)
     engine.start()
     server.run()

@@ -125,7 +125,7 @@ def test_a_step_that_fails(lm, engine, monkeypatch):
     first, second = Listener(), Listener()
     engine.submit(make(5, 3), first)
     assert first.end().reason == "length"
-    old = engine.batch
+    old, prompts = engine.batch, sum(engine.prompt_tokens)
 
     def fail():
         raise MemoryError("out of memory, says the test")
@@ -137,7 +137,7 @@ def test_a_step_that_fails(lm, engine, monkeypatch):
     job, third = make(6, 8, seed=2), Listener()
     engine.submit(job, third)
     assert third.end().reason == "length" and third.token_ids == alone(lm, job, 8)[6:]
-    assert engine.batch is not old
+    assert engine.batch is not old and sum(engine.prompt_tokens) >= prompts + 6  # the failed batch's are not forgotten
 
 
 @once

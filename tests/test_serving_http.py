@@ -4,20 +4,26 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
 import openai
 import pytest
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from keras_gemma2 import Gemma2CausalLM, Sampler
-from keras_gemma2.serving.app import Served, make_app
+from keras_gemma2.serving.app import PATHS, Served, make_app
 from keras_gemma2.serving.batch import Batch
 from keras_gemma2.serving.engine import Engine
+from keras_gemma2.serving.metrics import Metrics
 
 pytestmark = pytest.mark.backend_free  # the engine's tests run a model in a thread on each backend
 PROMPT = "The state of our union is"
@@ -34,7 +40,8 @@ def lm():
 def running(lm, size=4, queue_size=64, **options):
     """A server on a free port: its address and its engine."""
     engine = Engine(lambda: Batch(lm.backbone, size, 256, kept=1), queue_size)
-    app = make_app(Served(engine, lm.preprocessor, "mini", length=256, **options))
+    metrics = Metrics(engine)
+    app = metrics.counting(make_app(Served(engine, lm.preprocessor, "mini", length=256, metrics=metrics, **options)), PATHS)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -254,6 +261,51 @@ def test_unknown_paths(server):
     assert post(server[0], "/v1/embeddings", {})[0] == 404
     status, _, answer = post(server[0], "/health", {})
     assert status == 405 and answer["error"]["message"] == "Method Not Allowed"
+
+
+def counts(address):
+    """What `/metrics` says, as Prometheus's own parser reads it."""
+    connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+    connection.request("GET", "/metrics")
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.getheader("Content-Type").startswith("text/plain; version=")
+    families = text_string_to_metric_families(answer.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {(sample.name.removeprefix("keras_gemma2_"), *sample.labels.values()): sample.value for sample in samples}
+
+
+def test_metrics(lm):
+    prompt = "word " * 40  # longer than a row's reuse needs
+    ids = len(lm.preprocessor.prompt_ids([prompt])[0])
+    with running(lm, size=1) as (address, engine):
+        assert counts(address)["generated_tokens_total",] == 0
+        body = {"prompt": prompt, "max_tokens": 7, "temperature": 0, "model": "mini"}
+        for _ in range(2):
+            assert post(address, "/v1/completions", body)[0] == 200
+        assert post(address, "/v1/completions", {"prompt": 1.5})[0] == 400
+        assert post(address, "/v1/nothing", {})[0] == 404
+        found = counts(address)
+        assert found["generated_tokens_total",] == 14 and found["answers_total", "length"] == 2
+        # The second run has all of the first's but the last token, which gives the logits.
+        assert (found["prompt_tokens_total", "run"], found["prompt_tokens_total", "reused"]) == (ids + 1, ids - 1)
+        assert found["requests_total", "/v1/completions", "200"] == 2 and found["requests_total", "/v1/completions", "400"] == 1
+        assert found["requests_total", "other", "404"] == 1  # a path nobody knows makes no series of its own
+        assert found["time_to_first_token_seconds_count",] == 2 and found["time_between_tokens_seconds_count",] == 12
+        assert 0 < found["time_between_tokens_seconds_sum",] < PATIENCE
+        assert found["running",] == found["waiting",] == 0 and found["compiled_shapes",] == len(engine.batch.shapes)
+
+
+def test_the_openapi_document_holds(lm, server):
+    """Schemathesis makes requests of the document, right ones and wrong ones: none is a 5xx or an answer that is not in it."""
+    (host, port), engine = server
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [Path(sys.executable).with_name("st"), "run", f"http://{host}:{port}/openapi.json", "--checks", checks]
+    options = ["--max-examples", "25", "--seed", "1", "--no-shrink"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=4 * PATIENCE)
+    assert done.returncode == 0, done.stdout[-4000:]
+    generated, passed = map(int, re.search(r"(\d+) generated, (\d+) passed", done.stdout).groups())
+    assert generated == passed > 100
+    assert engine.is_ready
 
 
 def test_a_full_queue(lm):

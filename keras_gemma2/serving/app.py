@@ -13,9 +13,9 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from keras_gemma2.chat import ChatFormat, read_messages
@@ -24,8 +24,10 @@ from keras_gemma2.serving.bodies import Bodies, error_body, usage
 from keras_gemma2.serving.choices import Choices, EngineError, Piece, TimeLimitError
 from keras_gemma2.serving.engine import ClosedError, Engine, QueueFullError
 from keras_gemma2.serving.jobs import Job
-from keras_gemma2.serving.schema import ChatCompletionRequest, CompletionRequest
+from keras_gemma2.serving.metrics import CONTENT_TYPE, Metrics
+from keras_gemma2.serving.schema import ChatCompletionRequest, CompletionRequest, ErrorResponse
 
+PATHS = frozenset(("/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"))
 RETRY_AFTER = 2  # seconds that a client is told to wait where the queue is full
 
 
@@ -40,6 +42,7 @@ class Served:
         adapters: names of the adapters, each a model of its own to clients.
         length: tokens of a request and its answer, at most.
         time_limit: seconds of a request; None for no limit.
+        metrics: of the engine, given at `/metrics`; None for none.
     """
 
     engine: Engine
@@ -48,6 +51,7 @@ class Served:
     adapters: tuple[str, ...] = ()
     length: int = 1024
     time_limit: float | None = 600.0
+    metrics: Metrics | None = None
 
 
 class RefusedError(Exception):
@@ -76,15 +80,27 @@ def make_app(served: Served) -> FastAPI:
     """
     app = FastAPI(title="keras_gemma2", docs_url=None, redoc_url=None)
     _add_errors(app)
+    failures: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorResponse, "description": "The request is refused; the message says why and how to mend it."},
+        "5XX": {"model": ErrorResponse, "description": "The server is busy, about to end, or at fault."},
+    }
+    answers = {200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "As OpenAI's."}, **failures}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "Not yet, or no more."}})
     async def ready() -> JSONResponse:
         is_ready = served.engine.is_ready
         return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
+
+    if served.metrics is not None:
+        metrics = served.metrics
+
+        @app.get("/metrics", response_class=PlainTextResponse)
+        async def counts() -> Response:
+            return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -92,7 +108,7 @@ def make_app(served: Served) -> FastAPI:
         about = {"object": "model", "created": 0, "owned_by": "keras_gemma2"}
         return {"object": "list", "data": [{"id": name, **about} for name in names]}
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=answers)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         if isinstance(body.prompts[0], str):
             preprocess, tokenizer = served.preprocessor, served.preprocessor.tokenizer
@@ -102,7 +118,7 @@ def make_app(served: Served) -> FastAPI:
             prompts = [list(ids) for ids in body.prompts]
         return await _answer(served, body, prompts, request, chat=False)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=answers)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
         roles = {"developer": "system"}
         messages = [{"role": roles.get(message.role, message.role), "content": message.text} for message in body.messages]

@@ -40,6 +40,8 @@ class Ended:
 
 
 Listener = Callable[[Chosen | Ended], None]
+# (what, seconds since the job came or since its last token, whether it had none yet)
+Observer = Callable[[Chosen | Ended, float, bool], None]
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,6 +49,8 @@ class _Ticket:
     job: Job
     listener: Listener
     deadline: float | None
+    since: float
+    is_new: bool = True
 
 
 class Engine:
@@ -56,6 +60,9 @@ class Engine:
         make_batch: makes the batch; called again if a step fails, which leaves caches that cannot be used.
         queue_size: jobs that may wait.
         clock: what time it is, in seconds.
+
+    Attributes:
+        observe: called in the engine's thread with whatever a listener is told; None for nobody.
 
     Example:
         >>> engine = Engine(lambda: Batch(lm.backbone, 8, 2048))
@@ -72,6 +79,8 @@ class Engine:
         self._running: dict[Job, _Ticket] = {}
         self._cancelled: set[Job] = set()
         self._closing = False
+        self.observe: Observer | None = None
+        self._earlier = (0, 0)  # prompt tokens of batches that failed
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="keras_gemma2-engine", daemon=True)
 
@@ -84,6 +93,11 @@ class Engine:
     def running(self) -> int:
         """Jobs in the batch."""
         return len(self._running)
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """Tokens of prompts so far that ran, and that were found in the caches."""
+        return self._earlier[0] + self.batch.prefilled, self._earlier[1] + self.batch.reused
 
     @property
     def is_ready(self) -> bool:
@@ -108,13 +122,14 @@ class Engine:
             ClosedError: if the engine is closing.
         """
         self.batch.check(job)
-        deadline = None if time_limit is None else self._clock() + time_limit
+        now = self._clock()
+        deadline = None if time_limit is None else now + time_limit
         with self._changed:
             if self._closing:
                 raise ClosedError("The engine takes no more jobs: it is about to end.")
             if len(self._waiting) >= self.queue_size:
                 raise QueueFullError(f"{len(self._waiting)} jobs wait already, as many as may. Try again in a while.")
-            self._waiting.append(_Ticket(job, listener, deadline))
+            self._waiting.append(_Ticket(job, listener, deadline, now))
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
@@ -216,7 +231,8 @@ class Engine:
         failed = [(ticket, Ended(job, "error", f"{type(error).__name__}: {error}")) for job, ticket in self._running.items()]
         self._running.clear()
         try:
-            self.batch = self._make_batch()
+            earlier, self.batch = self.prompt_tokens, self._make_batch()
+            self._earlier = earlier
         except Exception as second:
             _LOG.exception("No other batch could be made; the engine ends.")
             self._closing = True
@@ -230,3 +246,7 @@ class Engine:
         except Exception:
             _LOG.exception("A listener failed; its job is cancelled.")
             self.cancel(ticket.job)
+        if self.observe is not None:
+            now = self._clock()
+            self.observe(what, now - ticket.since, ticket.is_new)
+            ticket.since, ticket.is_new = now, False

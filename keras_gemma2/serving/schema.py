@@ -143,3 +143,21 @@ class CompletionRequest(_Request):
         """One or more."""
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if is_one else self.prompt
+
+
+# Answers, for the OpenAPI document -------------------------------------------------------------------------------------
+
+
+class ErrorDetail(_Strict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(_Strict):
+    """The body of every answer that is none."""
+
+    error: ErrorDetail
