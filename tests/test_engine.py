@@ -71,10 +71,15 @@ def test_jobs_of_several_threads(lm):
 @once
 def test_the_queue_has_an_end(lm):
     engine = Engine(lambda: Batch(lm.backbone, 1, 256), queue_size=2)
-    for _ in range(2):
-        engine.submit(make(5, 5), Listener())
+    jobs = [make(5, 5) for _ in range(3)]
+    for job in jobs[:2]:
+        engine.submit(job, Listener())
     with pytest.raises(QueueFullError, match="2 jobs wait already"):
-        engine.submit(make(5, 5), Listener())
+        engine.submit(jobs[2], Listener())
+    engine.cancel(jobs[0])  # what is cancelled makes room at once, although it leaves with the next step
+    assert engine.waiting == 1
+    engine.submit(jobs[2], Listener())
+    assert engine.waiting == 2
     with pytest.raises(ValueError, match="up to 256"):
         engine.submit(Job([2], 300), Listener())
     with pytest.raises(ValueError, match="`queue_size` must be an integer of at least 1. Received: 0"):

@@ -86,8 +86,9 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
-        return len(self._waiting)
+        """Jobs in the queue, without those that are cancelled and leave it with the next step."""
+        with self._changed:
+            return sum(ticket.job not in self._cancelled for ticket in self._waiting)
 
     @property
     def running(self) -> int:
@@ -127,8 +128,8 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise ClosedError("The engine takes no more jobs: it is about to end.")
-            if len(self._waiting) >= self.queue_size:
-                raise QueueFullError(f"{len(self._waiting)} jobs wait already, as many as may. Try again in a while.")
+            if self.waiting >= self.queue_size:
+                raise QueueFullError(f"{self.waiting} jobs wait already, as many as may. Try again in a while.")
             self._waiting.append(_Ticket(job, listener, deadline, now))
             self._changed.notify()
 
