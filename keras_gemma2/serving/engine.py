@@ -242,12 +242,12 @@ class Engine:
         return failed
 
     def _tell(self, ticket: _Ticket, what: Any) -> None:
+        now = self._clock()
         try:
             ticket.listener(what)
+            if self.observe is not None:
+                self.observe(what, now - ticket.since, ticket.is_new)
         except Exception:
             _LOG.exception("A listener failed; its job is cancelled.")
             self.cancel(ticket.job)
-        if self.observe is not None:
-            now = self._clock()
-            self.observe(what, now - ticket.since, ticket.is_new)
-            ticket.since, ticket.is_new = now, False
+        ticket.since, ticket.is_new = now, False
