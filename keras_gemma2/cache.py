@@ -111,9 +111,6 @@ class LayerCache:
         if self.tokens.whole or (is_static and self.slots <= BLOCK):
             return self._add_block(softmax, state, last, 0, self.slots)
         filled = ops.minimum(ops.max(last) + 1, self.slots)
-        if not is_static and isinstance(self.tokens.steps, int):
-            # One query's scores are few; a loop would take longer than the rest of a small model's attention.
-            return self._add_block(softmax, state, last, 0, filled)
         size = BLOCK if is_static else ops.minimum(self.slots, BLOCK)
         blocks = (filled + size - 1) // size
 

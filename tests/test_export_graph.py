@@ -58,6 +58,8 @@ def answers(lm, folder, rows):
         "score": ("score", padded(rows, 30)),
         "logits": ("logits", padded(rows, 30)),
         "loop": ("loop of 8", {**padded(rows, 30), "cache_length": np.int32(40)}),
+        "roomy loop": ("loop of 8", {**padded(rows, 30), "cache_length": np.int32(128)}),
+        "nobody's step": decode_step([], 20),
         "not utf-8": default([b"fine", b"\xff"]),
         "too long": default(["a b c d e f g " * 40]),
         "no tokens to make": generate(n=0),
@@ -138,6 +140,12 @@ def test_a_loop_of_the_servers_own(lm, answers, rows):
     """`prefill`, then `decode_step` past the window and the rings' end, greedily."""
     expected = lm.generate(padded(rows, 30), max_new_tokens=8, stop_token_ids=None, strip_prompt=True)["token_ids"]
     assert np.array_equal(answers["loop"]["token_ids"], expected[:, :8])
+    assert np.array_equal(answers["roomy loop"]["token_ids"], expected[:, :8])  # most slots are empty: they are not read
+
+
+def test_a_step_of_no_rows(answers):
+    assert answers["nobody's step"]["logits"].shape == (0, 4096)
+    assert answers["nobody's step"]["keys_1"].shape == (0, 2, 21, 16)
 
 
 def test_draws_follow_the_filters(lm, answers):

@@ -35,6 +35,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 EXCEPTIONS = {
     "checkpoints/gemma_pytorch.py",
     "export/graph.py",
+    "export/graph_cache.py",
     "export/graph_text.py",
     "export/signatures.py",
 }

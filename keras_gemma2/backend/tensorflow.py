@@ -39,8 +39,12 @@ def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) 
         parts = tensorflow_graph.parts_of(kernel)
         one = functools.partial(_product, dtype=dtype)
         out = one(rows, kernel) if len(parts) == 1 else tensorflow_graph.joined_product(rows, parts, one)
-    out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [units]], axis=0))
-    out.set_shape(x.shape[:-1].concatenate(units))
+    sizes = list(x.shape[:-1])
+    if sizes.count(None) > 1:
+        out = tf.reshape(out, tf.concat([tf.shape(x)[:-1], [units]], axis=0))
+        out.set_shape([*sizes, units])
+    else:
+        out = tf.reshape(out, [*(-1 if size is None else size for size in sizes), units])
     return tf.cast(out, tf.float32 if float32_output else x.dtype)
 
 

@@ -36,9 +36,19 @@ def dynamic_graph(rows: str = "any") -> Iterator[None]:
         _ROWS.reset(token)
 
 
+def known_rows() -> str | None:
+    """What is known of the number of rows where the graph is being traced: "any" for nothing, "few", "plain"; None elsewhere."""
+    return _ROWS.get()
+
+
 def by_rows(count: tf.Tensor, function: Callable[[], Any]) -> Any:
-    """What a function gives whose products all have `count` rows; it is traced twice, to branch once and not at each product."""
-    if _ROWS.get() is None:
+    """What a function gives whose products all have `count` rows; it is traced twice, to branch once and not at each product.
+
+    Args:
+        count: int32 scalar.
+        function: gives a tensor or several; the second time the same.
+    """
+    if _ROWS.get() != "any":
         return function()
 
     def traced(rows: str) -> Callable[[], Any]:
@@ -90,7 +100,7 @@ def joined_product(rows: tf.Tensor, parts: list[tf.Variable], one: Callable[[tf.
     def joined() -> tf.Tensor:
         return tf.concat([one(rows, part) for part in parts], axis=1)
 
-    return by_rows(tf.shape(rows)[0], joined) if _ROWS.get() == "any" and rows.shape[0] is None else joined()
+    return by_rows(tf.shape(rows)[0], joined) if rows.shape[0] is None else joined()
 
 
 def load(folder: str) -> Any:

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_gemma2 import backend
 from keras_gemma2.cache import Cache, LayerCache, Tokens
+from keras_gemma2.export.graph_cache import Places, StepCache, places
 from keras_gemma2.generation.decode import CLOSED, NOT_A_NUMBER
 from keras_gemma2.generation.drawing import log_probability
 from keras_gemma2.layers.linear import Linear
@@ -66,7 +67,7 @@ class Graph:
         self.backbone = backbone
         self._blocks: dict[Any, Any] = {}
         self._run = tf.function(self._run_rows, autograph=False)
-        self._step = tf.function(self._decode_step, autograph=False)
+        self._steps = {rows: tf.function(self._decode_step, autograph=False) for rows in ("few", "plain")}
 
     def logits(self, hidden: Any) -> Any:
         """Float32 logits `[..., V]` of hidden states after the final norm."""
@@ -86,7 +87,9 @@ class Graph:
 
     def step(self, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[list[Cache], Any]:
         """Runs one token a row; gives the caches and the float32 logits `[B, V]` of the next."""
-        return self._step(caches, token_ids, positions)
+        from keras_gemma2.backend.tensorflow_graph import by_rows, known_rows
+
+        return by_rows(ops.shape(token_ids)[0], lambda: self._steps[known_rows()](caches, token_ids, positions))
 
     def _run_rows(self, token_ids: Any, counts: Any, room: Any) -> tuple[list[Cache], Any]:
         import tensorflow as tf
@@ -99,8 +102,10 @@ class Graph:
 
         def run(i: Any, found: Any, caches: list[Cache]) -> tuple:
             start = i * size
-            tokens = Tokens(None, tf.fill([batch], start), tf.clip_by_value(counts - start, 0, size), size)
-            x, caches = self._extend(caches, tf.slice(token_ids, [0, start], [batch, size]), tokens)
+            starts = tf.fill([batch], start)
+            piece = dict.fromkeys(self.backbone.config.layer_types, (starts, tf.clip_by_value(counts - start, 0, size), size))
+            positions = starts[:, None] + tf.range(size)[None]
+            x, caches = self._extend(_piece_cache, caches, tf.slice(token_ids, [0, start], [batch, size]), positions, piece)
             return i + 1, found.write(i, self.backbone.layer_norm(x)), caches
 
         width = self.backbone.config.hidden_dim
@@ -111,7 +116,10 @@ class Graph:
         return caches, tf.reshape(joined, [batch, pieces * size, width])[:, :length]
 
     def _decode_step(self, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[list[Cache], Any]:
-        x, caches = self._extend(caches, token_ids[:, None], Tokens(None, positions, ops.ones_like(positions), steps=1))
+        config = self.backbone.config
+        first = {kind: caches[config.layer_types.index(kind)][0] for kind in set(config.layer_types)}
+        shared = {kind: tuple(places(cache, positions, config.window(kind))) for kind, cache in first.items()}
+        x, caches = self._extend(_step_cache, caches, token_ids[:, None], positions[:, None], shared)
         return caches, self.logits(self.backbone.layer_norm(x)[:, 0])
 
     def _empty_caches(self, batch: Any, room: Any) -> list[Cache]:
@@ -125,42 +133,55 @@ class Graph:
 
         return [(empty(kind), empty(kind)) for kind in config.layer_types]
 
-    def _extend(self, caches: list[Cache], token_ids: Any, tokens: Tokens) -> tuple[Any, list[Cache]]:
-        """`generation.decode.extend`, by blocks that are shared."""
+    def _extend(self, view: Callable, caches: list[Cache], token_ids: Any, positions: Any, shared: dict[str, tuple]) -> tuple:
+        """`generation.decode.extend`, by blocks that are shared.
+
+        Args:
+            view: makes, of a layer's cache, its window, and what `shared` has for its kind, what attention takes.
+            caches: one a layer.
+            token_ids, positions: int32 `[B, T]`.
+            shared: tensors, for each kind of layer.
+
+        Returns:
+            The hidden states `[B, T, D]`, and the caches.
+        """
         backbone, stored = self.backbone, []
-        cos, sin = backbone.rotary_embedding(tokens.positions)
+        cos, sin = backbone.rotary_embedding(positions)
         x = backbone.token_embedding(token_ids)
-        steps = [] if isinstance(tokens.steps, int) else [tokens.steps]
         for block, kind, cache in zip(backbone.transformer_layers, backbone.config.layer_types, caches):
             weights = used_weights(block)
             values = [weight.value for weight in weights]
-            arguments = (values, x, cos, sin, list(cache), tokens.starts, tokens.counts, *steps)
-            shapes = tuple((str(value.dtype), tuple(value.shape)) for value in values)
-            shared = self._shared_block(block, weights, (kind, bool(steps), shapes, adapter_scales(block)))
-            x, keys, new_values = shared(*arguments)
+            x, keys, new_values = self._shared_block(block, kind, weights, view)(values, x, cos, sin, list(cache), shared[kind])
             stored.append((keys, new_values))
         return x, stored
 
-    def _shared_block(self, block: Any, weights: list[Any], key: Any) -> Any:
+    def _shared_block(self, block: Any, kind: str, weights: list[Any], view: Callable) -> Any:
         """The function of all blocks with such weights; it is traced from the first of them."""
         import tensorflow as tf
 
-        from keras_gemma2.backend.tensorflow_graph import by_rows
+        from keras_gemma2.backend.tensorflow_graph import known_rows
 
+        shapes = tuple((str(weight.value.dtype), tuple(weight.shape)) for weight in weights)
+        key = (view, known_rows(), kind, shapes, adapter_scales(block))
         if key not in self._blocks:
-            window = self.backbone.config.window(key[0])
+            window = self.backbone.config.window(kind)
 
-            def run(values: Any, x: Any, cos: Any, sin: Any, cache: Any, starts: Any, counts: Any, steps: Any = 1) -> tuple:
-                def once() -> tuple:
-                    layer = LayerCache(tuple(cache), Tokens(None, starts, counts, steps), window)
-                    with keras.StatelessScope(state_mapping=list(zip(weights, values))):
-                        found = block(x, cos, sin, None, cache=layer)
-                    return found, *layer.stored
-
-                return by_rows(tf.shape(x)[0], once) if isinstance(steps, int) else once()
+            def run(values: Any, x: Any, cos: Any, sin: Any, cache: Any, shared: Any) -> tuple:
+                layer = view(tuple(cache), window, *shared)
+                with keras.StatelessScope(state_mapping=list(zip(weights, values))):
+                    found = block(x, cos, sin, None, cache=layer)
+                return found, *layer.stored
 
             self._blocks[key] = tf.function(run, autograph=False, reduce_retracing=True)
         return self._blocks[key]
+
+
+def _piece_cache(cache: Cache, window: int | None, starts: Any, counts: Any, steps: Any) -> LayerCache:
+    return LayerCache(cache, Tokens(None, starts, counts, steps), window)
+
+
+def _step_cache(cache: Cache, window: int | None, *shared: Any) -> StepCache:
+    return StepCache(cache, Places(*shared))
 
 
 def adapter_scales(block: Any) -> tuple:
@@ -196,6 +217,8 @@ def generated(graph: Graph, rows: Rows, limits: Any, stop_token_ids: tuple[int, 
     """
     import tensorflow as tf
 
+    from keras_gemma2.backend.tensorflow_graph import by_rows
+
     steps = tf.maximum(tf.reduce_max(limits - rows.counts), 0)
     caches, hidden = graph.run(rows, tf.maximum(tf.reduce_max(limits), 1))
     hidden = tf.gather(hidden, tf.maximum(rows.counts - 1, 0), batch_dims=1)
@@ -219,7 +242,14 @@ def generated(graph: Graph, rows: Rows, limits: Any, stop_token_ids: tuple[int, 
     first = take(tf.constant(0), graph.logits(hidden), rows.counts, rows.counts < limits, marks, found)
     tokens, is_open, marks, found = first
     state = (tf.constant(1), tf.maximum(tokens, 0), rows.counts, is_open, marks, found, caches)
-    return tf.while_loop(lambda i, tokens, positions, is_open, *_: tf.reduce_any(is_open), step, state, parallel_iterations=1)[5]
+
+    def goes_on(i: Any, tokens: Any, positions: Any, is_open: Any, *_: Any) -> Any:
+        return tf.reduce_any(is_open)
+
+    def loop() -> Any:
+        return tf.while_loop(goes_on, step, state, parallel_iterations=1)[5]
+
+    return by_rows(tf.shape(limits)[0], loop)
 
 
 def scored(graph: Graph, rows: Rows) -> Any:

@@ -10,7 +10,7 @@ from keras import ops
 from keras_gemma2.layers.blocked_attention import MASKED_SCORE
 from keras_gemma2.layers.linear import Linear
 from keras_gemma2.layers.mask import visible_pairs
-from keras_gemma2.layers.numerics import saturate, soft_cap
+from keras_gemma2.layers.numerics import leading_sizes, saturate, soft_cap
 from keras_gemma2.layers.quantization import QuantizableContainer
 from keras_gemma2.layers.rotary import apply_rotary
 from keras_gemma2.layers.trained_attention import BLOCK, attend_in_blocks
@@ -98,7 +98,7 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
 
     def _project(self, inputs: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
         """Scaled, rotated queries `[B, K, G, T, H]`; rotated keys and plain values `[B, K, T, H]`."""
-        batch, steps = ops.shape(inputs)[0], ops.shape(inputs)[1]
+        batch, steps = leading_sizes(inputs, 0, 1)
         kv_heads, groups = self.num_key_value_heads, self.num_query_heads // self.num_key_value_heads
         queries = ops.reshape(self.query(inputs), (batch, steps, self.num_query_heads, self.head_dim))
         keys = ops.reshape(self.key(inputs), (batch, steps, kv_heads, self.head_dim))
@@ -125,7 +125,7 @@ class GroupedQueryAttention(QuantizableContainer, keras.layers.Layer):
 
     def _together(self, heads: Any) -> Any:
         """`[B, K, G, T, H] -> [B, T, N * H]`."""
-        batch, steps = ops.shape(heads)[0], ops.shape(heads)[3]
+        batch, steps = leading_sizes(heads, 0, 3)
         return ops.reshape(ops.transpose(heads, (0, 3, 1, 2, 4)), (batch, steps, self.num_query_heads * self.head_dim))
 
     def compute_output_spec(self, inputs: Any, cos: Any, sin: Any, mask: Any, cache: Any = None) -> keras.KerasTensor:

@@ -45,14 +45,24 @@ class RunningSoftmax:
     def add(self, state: tuple[Any, Any, Any], keys: Any, values: Any, mask: Any) -> tuple[Any, Any, Any]:
         """The state with a block more: keys and values `[B, K, S, H]`, mask bool `[B, T, S]`, true where a query may see a key."""
         highest, total, weighted = state
-        # float32 from here to the sums: the cap's tanh and the softmax lose too much in half precision.
-        scores = ops.cast(saturate(ops.einsum("bkgth,bksh->bkgts", self.queries, ops.cast(keys, self.dtype))), "float32")
-        scores = ops.where(mask[:, None, None, :, :], soft_cap(scores, self.cap), MASKED_SCORE)
+        scores = self._scores(keys, mask)
         new_highest = ops.maximum(highest, ops.max(scores, axis=-1, keepdims=True))
         shrink, weights = ops.exp(highest - new_highest), ops.exp(scores - new_highest)
         total = total * shrink + ops.sum(weights, axis=-1, keepdims=True)
+        return new_highest, total, weighted * shrink + self._read(weights, values)
+
+    def alone(self, keys: Any, values: Any, mask: Any) -> Any:
+        """What `result` gives for one block that holds all keys, of which each query sees one at least; in fewer operations."""
+        return ops.cast(self._read(ops.softmax(self._scores(keys, mask), axis=-1), values), self.output_dtype)
+
+    def _scores(self, keys: Any, mask: Any) -> Any:
+        # float32 from here to the sums: the cap's tanh and the softmax lose too much in half precision.
+        scores = ops.cast(saturate(ops.einsum("bkgth,bksh->bkgts", self.queries, ops.cast(keys, self.dtype))), "float32")
+        return ops.where(mask[:, None, None, :, :], soft_cap(scores, self.cap), MASKED_SCORE)
+
+    def _read(self, weights: Any, values: Any) -> Any:
         read = ops.einsum("bkgts,bksh->bkgth", ops.cast(weights, self.dtype), ops.cast(values, self.dtype))
-        return new_highest, total, weighted * shrink + ops.cast(read, "float32")
+        return ops.cast(read, "float32")
 
     def result(self, state: tuple[Any, Any, Any]) -> Any:
         """What each query read, `[B, K, G, T, H]`, in the dtype of the queries given."""

@@ -1,4 +1,4 @@
-"""Where half precision needs help: the float32 islands and float16's narrow range."""
+"""Where half precision needs help: the float32 islands and float16's narrow range; and the sizes of tensors that have none yet."""
 
 from __future__ import annotations
 
@@ -37,3 +37,11 @@ def saturate(x: Any) -> Any:
 def soft_cap(x: Any, cap: float | None) -> Any:
     """`cap * tanh(x / cap)`, or x itself if cap is None (technical report, section 2: logit soft-capping)."""
     return x if cap is None else cap * ops.tanh(x / cap)
+
+
+def leading_sizes(x: Any, first: int, second: int) -> tuple[Any, Any]:
+    """The sizes of two axes of x, for `reshape`: -1 where only the first is unknown, which saves a graph its computation."""
+    if x.shape[first] is None and x.shape[second] is not None:
+        return -1, x.shape[second]
+    sizes = ops.shape(x)
+    return sizes[first], sizes[second]
