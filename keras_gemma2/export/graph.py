@@ -86,7 +86,7 @@ class Graph:
         return self._run(rows.token_ids, rows.counts, room)
 
     def step(self, caches: list[Cache], token_ids: Any, positions: Any) -> tuple[list[Cache], Any]:
-        """Runs one token a row; gives the caches and the float32 logits `[B, V]` of the next."""
+        """Runs one token a row; gives the caches, which it overwrites, and the float32 logits `[B, V]` of the next."""
         from keras_gemma2.backend.tensorflow_graph import by_rows, known_rows
 
         return by_rows(ops.shape(token_ids)[0], lambda: self._steps[known_rows()](caches, token_ids, positions))

@@ -1,7 +1,7 @@
 """The caches of a step of one token a row, in a graph of dynamic sizes that TensorFlow's own executor runs.
 
 There each operation costs some microseconds, and nothing merges what the layers repeat: what all layers of a kind share is computed
-once a step.
+once a step. And `TensorScatterUpdate` copies a cache each time, `InplaceUpdate` never does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Places(NamedTuple):
     """Where each row's token goes in a cache, and which slots it sees.
 
     Args:
-        index: int32 `[B, K, 1, 3]`, row, head and slot.
-        mask: bool `[B, 1, S]`, true where a slot is seen; of the first S slots, beyond which nothing is.
+        index: int32 `[B * K]`, of the flat cache `[B * K * (slots + 1), H]`.
+        mask: bool `[B, 1, S]`, true where a slot is seen; of the first S, beyond which nothing is.
         sizes: int32 `[4]`, of the part of a cache that is read.
     """
 
@@ -39,21 +39,22 @@ def places(cache: Any, positions: Any, window: int | None) -> Places:
     import tensorflow as tf
 
     (batch, slots), (_, heads, _, width) = (tf.shape(cache)[0], tf.shape(cache)[2] - 1), cache.shape
-    row, head = tf.meshgrid(tf.range(batch), tf.range(heads), indexing="ij")
-    slot = tf.broadcast_to((positions % slots)[:, None], [batch, heads])
+    index = (tf.range(batch)[:, None] * heads + tf.range(heads)[None]) * (slots + 1) + (positions % slots)[:, None]
     filled = tf.clip_by_value(tf.reduce_max(positions) + 1, 1, slots)
-    size = tf.where(EMPTY * filled < slots, filled, slots)
-    positions = positions[:, None]
-    held = positions - (positions - tf.range(size)[None]) % slots
-    mask = held >= 0 if window is None else (held >= 0) & (positions - held < window)
-    return Places(tf.stack([row, head, slot], axis=-1)[:, :, None], mask[:, None], tf.stack([-1, heads, size, width]))
+    size = tf.where(EMPTY * filled < slots, filled, slots + 1)
+    slot, positions = tf.range(size)[None], positions[:, None]
+    held = positions - (positions - slot) % slots
+    mask = (held >= 0) & (slot < slots)
+    if window is not None:
+        mask &= positions - held < window
+    return Places(tf.reshape(index, [-1]), mask[:, None], tf.stack([-1, heads, size, width]))
 
 
 class StepCache:
     """One layer's cache during such a step: what `LayerCache` is elsewhere.
 
     Args:
-        cache: the layer's `(keys, values)`, each `[B, K, slots + 1, H]`; is overwritten where nothing else reads it.
+        cache: the layer's `(keys, values)`, each `[B, K, slots + 1, H]`; is overwritten, whoever else holds it (see `own`).
         places: of the tokens.
     """
 
@@ -66,9 +67,18 @@ class StepCache:
         import tensorflow as tf
 
         def written(cache: Any, new: Any) -> Any:
-            return tf.tensor_scatter_nd_update(cache, self.places.index, tf.cast(new, cache.dtype))
+            width = cache.shape[-1]
+            flat, rows = tf.reshape(cache, [-1, width]), tf.reshape(tf.cast(new, cache.dtype), [-1, width])
+            return tf.reshape(tf.raw_ops.InplaceUpdate(x=flat, i=self.places.index, v=rows), tf.shape(cache))
 
         self.stored = tuple(written(cache, new) for cache, new in zip(self.stored, (keys, values)))
         # A slice of everything is not a copy.
         read = (tf.slice(cache, [0, 0, 0, 0], self.places.sizes) for cache in self.stored)
         return RunningSoftmax(queries, soft_cap).alone(*read, self.places.mask)
+
+
+def own(caches: list[Cache]) -> list[Cache]:
+    """Copies that nothing else holds."""
+    import tensorflow as tf
+
+    return [tuple(tf.raw_ops.DeepCopy(x=array) for array in pair) for pair in caches]

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_gemma2.export import graph
 from keras_gemma2.export.graph import Rows
+from keras_gemma2.export.graph_cache import own
 from keras_gemma2.export.graph_text import GraphText, checked
 from keras_gemma2.generation.decode import NOT_A_NUMBER
 from keras_gemma2.generation.drawing import most_likely
@@ -164,7 +165,7 @@ class Signatures:
 
     def decode_step(self, token_ids: Any, positions: Any, *caches: Any) -> dict[str, Any]:
         token_ids, positions = self._known(token_ids), self._with_room(positions, caches)
-        caches, logits = self.graph.step(list(zip(caches[::2], caches[1::2])), token_ids, positions)
+        caches, logits = self.graph.step(own(list(zip(caches[::2], caches[1::2]))), token_ids, positions)
         return {"logits": logits, "positions": positions + 1, **self._named(caches)}
 
     def _with_room(self, positions: Any, caches: Sequence[Any]) -> Any:
