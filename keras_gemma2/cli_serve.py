@@ -76,6 +76,7 @@ def serve_command(lm: Any, options: argparse.Namespace, adapters: dict[str, str]
 
     from keras_gemma2.serving.app import PATHS, Served, make_app
     from keras_gemma2.serving.batch import Batch
+    from keras_gemma2.serving.connections import PatientProtocol, allow_many_files
     from keras_gemma2.serving.engine import Engine
     from keras_gemma2.serving.guard import Guard, Limits
     from keras_gemma2.serving.metrics import Metrics
@@ -99,7 +100,10 @@ def serve_command(lm: Any, options: argparse.Namespace, adapters: dict[str, str]
     key = options.api_key or os.environ.get("KERAS_GEMMA2_API_KEY") or None
     hosts = frozenset(LOOPBACK) if options.host in LOOPBACK else None
     guarded = metrics.counting(Guard(app, Limits(key, hosts=hosts)), PATHS)
-    config = uvicorn.Config(guarded, options.host, options.port, log_level="warning", timeout_graceful_shutdown=10)
+    allow_many_files()
+    config = uvicorn.Config(
+        guarded, options.host, options.port, http=PatientProtocol, log_level="warning", timeout_graceful_shutdown=10
+    )
     server = _server(engine, uvicorn.Server)(config)
     engine.start()
     server.run()
@@ -117,8 +121,8 @@ def _server(engine: Any, base: type) -> type:
             await super().startup(sockets)
             if self.started:
                 host, port = self.servers[0].sockets[0].getsockname()[:2]
-                where = f"[{host}]" if ":" in host else host
-                print(f"keras-gemma2: serving at http://{where}:{port}/v1", file=sys.stderr, flush=True)
+                where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+                print(f"keras-gemma2: serving at {where}/v1, a chat page at {where}/", file=sys.stderr, flush=True)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if self._closing is not None:  # asked twice: at once

@@ -1,7 +1,7 @@
 """Runs the whole suite on all three backends: `python tests/run.py`.
 
-Two backends at a time where there are cores for it, and one line a backend at the end; fails if one fails or is not installed.
-A backend's files are shared out among `PARTS` processes, one after the other: what they compiled stays in memory until they end.
+One line a backend at the end; fails if one fails or is not installed. A backend's files are shared out among `PARTS` processes, of
+which two run at a time where there are cores for it: what they compiled stays in memory until they end.
 Tests marked `backend_free`, which compute nothing with a backend, run with the first only. Arguments are handed to pytest;
 `--backend NAME` (several times) picks backends, `--jobs 1` runs one after the other, as a small memory wants it.
 """
@@ -34,9 +34,14 @@ def main() -> int:
     options, pytest_arguments = parser.parse_known_args()
     backends = options.backend or BACKENDS
     once = {name: [] if name == backends[0] else ["-m", "not backend_free"] for name in backends}
+    named = any((TESTS / argument.partition("::")[0]).exists() for argument in pytest_arguments)
+    part_names = ["0/1"] if named else [f"{i}/{PARTS}" for i in range(PARTS)]
     with tempfile.TemporaryDirectory() as exchange, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        started = [pool.submit(run, name, [*once[name], *pytest_arguments], exchange) for name in backends]
-        results = [backend.result() for backend in started]
+        parts: dict[str, list] = {name: [] for name in backends}
+        for part in part_names:
+            for name in backends:
+                parts[name].append(pool.submit(run_part, name, [*once[name], *pytest_arguments], exchange, part))
+        results = [joined(name, [part.result() for part in parts[name]]) for name in backends]
     for result in results:  # once more, below everything: what failed is what a reader of a long log looks for
         print(*result.failures, sep="\n")
     for result in results:
@@ -46,33 +51,29 @@ def main() -> int:
     return 1 if totals[1] or not totals[0] else 0
 
 
-PART_NAMES = [f"{i}/{PARTS}" for i in range(PARTS)]
-
-
 class Result(typing.NamedTuple):
     line: str
     counts: tuple[int, int, int]  # passed, failed, skipped
     failures: list[str]  # what pytest said of them, its last lines
+    seconds: float
 
 
-def run(backend: str, pytest_arguments: list[str], exchange: str) -> Result:
-    """Runs one backend; a missing backend is a failure."""
-    if importlib.util.find_spec(backend) is None:
-        return Result(f"{backend}: not installed (pip install {backend})", (0, 1, 0), [])
-    print(f"--- {backend}", flush=True)
-    start = time.monotonic()
-    named = any((TESTS / argument.partition("::")[0]).exists() for argument in pytest_arguments)
-    parts = [run_part(backend, pytest_arguments, exchange, part) for part in (["0/1"] if named else PART_NAMES)]
+def joined(backend: str, parts: list[Result]) -> Result:
+    """The result of a backend's parts."""
     failures = [line for part in parts for line in part.failures]
     passed, failed, skipped = (sum(part.counts[i] for part in parts) for i in range(3))
+    seconds = sum(part.seconds for part in parts)
     verdict = "ok" if not failed else f"FAILED ({'; '.join(part.line for part in parts if part.line)})"
-    seconds = time.monotonic() - start
-    line = f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s"
-    return Result(line, (passed, failed, skipped), failures)
+    line = f"{backend}: {verdict}, {passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s of its processes"
+    return Result(line, (passed, failed, skipped), failures, seconds)
 
 
 def run_part(backend: str, pytest_arguments: list[str], exchange: str, part_name: str) -> Result:
-    """Runs a part of a backend's files."""
+    """Runs a part of a backend's files; a missing backend is a failure."""
+    if importlib.util.find_spec(backend) is None:
+        return Result(f"not installed (pip install {backend})", (0, 1, 0), [], 0.0)
+    print(f"--- {backend}, part {part_name}", flush=True)
+    start = time.monotonic()
     # From the tests' folder, so that what is imported is the installed package and not the folder beside.
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-rsfE", *pytest_arguments],
@@ -101,7 +102,8 @@ def run_part(backend: str, pytest_arguments: list[str], exchange: str, part_name
     passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
     if code not in (0, NO_TESTS) and not failed:  # a crash
         failed = 1
-    return Result(f"pytest exit code {code}" if failed else "", (passed, failed, skipped), list(failures))
+    line = f"part {part_name}: pytest exit code {code}" if failed else ""
+    return Result(line, (passed, failed, skipped), list(failures), time.monotonic() - start)
 
 
 if __name__ == "__main__":

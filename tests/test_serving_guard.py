@@ -9,16 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
-import uvicorn
+from http_server import PATIENCE, listening
 
+from keras_gemma2.serving.connections import PatientProtocol, allow_many_files
 from keras_gemma2.serving.guard import Guard, Limits
 
 pytestmark = pytest.mark.backend_free
-PATIENCE = 120
 JSON = {"Content-Type": "application/json"}
 
 
@@ -30,21 +29,8 @@ async def echo(scope, receive, send):
         await send({"type": "http.response.body", "body": body})
 
 
-@contextlib.contextmanager
 def guarded(**limits):
-    server = uvicorn.Server(uvicorn.Config(Guard(echo, Limits(**limits)), log_level="error", lifespan="off"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        started = time.monotonic()
-        while not server.started and time.monotonic() < started + PATIENCE:
-            time.sleep(0.01)
-        try:
-            yield listening.getsockname()
-        finally:
-            server.should_exit = True
-            thread.join(PATIENCE)
+    return listening(Guard(echo, Limits(**limits)), http=PatientProtocol, log_level="error", lifespan="off")
 
 
 def ask(address, method="POST", path="/v1/completions", body=b"{}", headers=JSON):
@@ -104,6 +90,37 @@ def test_keys():
         assert ask(address, "GET", "/v1/models", None, {})[0] == 401
 
 
+def test_headers_that_do_not_arrive(monkeypatch):
+    """Nothing at all, byte by byte, and a second request of a connection; who is in time is answered."""
+    monkeypatch.setattr("keras_gemma2.serving.connections.HEADER_SECONDS", 0.5)
+    whole = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    with guarded() as address:
+        with socket.create_connection(address, PATIENCE) as silent:
+            assert silent.recv(100) == b""
+        with socket.create_connection(address, PATIENCE) as slow:
+            slow.settimeout(0.05)
+            start, ended = time.monotonic(), False
+            while not ended and time.monotonic() < start + PATIENCE:
+                with contextlib.suppress(TimeoutError):
+                    try:
+                        slow.sendall(b"G")
+                        ended = slow.recv(100) == b""
+                    except (BrokenPipeError, ConnectionResetError):
+                        ended = True
+            assert ended
+        with socket.create_connection(address, PATIENCE) as again:
+            again.sendall(whole)
+            assert again.recv(1000).startswith(b"HTTP/1.1 200")
+            again.sendall(whole[:20])
+            while received := again.recv(1000):
+                assert received.endswith(b"{}")  # the rest of the first answer
+            time.sleep(0.1)
+        with socket.create_connection(address, PATIENCE) as late:
+            time.sleep(0.2)
+            late.sendall(whole)
+            assert late.recv(1000).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     "headers, status",
     [
@@ -129,6 +146,7 @@ def test_other_origins_and_names(headers, status):
 @contextlib.contextmanager
 def served(*arguments):
     """`keras-gemma2 serve` on a free port: its process and its address."""
+    allow_many_files()  # of the tests' own, which the server inherits
     command = [sys.executable, "-m", "keras_gemma2", "serve", "--port", "0", "--max-length", "256", "--max-batch", "2", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
     try:
@@ -168,6 +186,26 @@ def test_the_command():
         assert rest.endswith(b"data: [DONE]\n\n") and b'"finish_reason": "length"' in rest
         assert 503 in statuses and statuses <= {200, 503}
         assert process.wait(PATIENCE) == 0
+
+
+def test_a_thousand_connections():
+    """A thousand that say nothing, then a thousand requests at once: each is answered or told to come again; the server goes on."""
+    with served("--dtype", "float32", "--queue", "16") as (_, address):
+        with contextlib.ExitStack() as stack:
+            for _ in range(1000):
+                stack.enter_context(socket.create_connection(address, PATIENCE))
+            assert ask(address, "GET", "/health", None, {})[0] == 200
+        body = json.dumps({"prompt": "The", "max_tokens": 4})
+        with contextlib.ExitStack() as stack:
+            all_of_them = [http.client.HTTPConnection(*address, timeout=PATIENCE) for _ in range(1000)]
+            for connection in all_of_them:
+                stack.callback(connection.close)
+                connection.connect()
+            for connection in all_of_them:
+                connection.request("POST", "/v1/completions", body, JSON)
+            statuses = [connection.getresponse().status for connection in all_of_them]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 16
+        assert ask(address, body=body)[0] == 200
 
 
 @pytest.mark.parametrize(

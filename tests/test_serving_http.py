@@ -1,14 +1,12 @@
 """The HTTP interface, by OpenAI's own client and by hand, against `generate` and `chat` of the same model."""
 
 import concurrent.futures
-import contextlib
 import http.client
 import json
 import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,47 +14,19 @@ import keras
 import numpy as np
 import openai
 import pytest
-import uvicorn
+from http_server import PATIENCE, running
 from prometheus_client.parser import text_string_to_metric_families
 
 from keras_gemma2 import Gemma2CausalLM, Sampler
-from keras_gemma2.serving.app import PATHS, Served, make_app
-from keras_gemma2.serving.batch import Batch
-from keras_gemma2.serving.engine import Engine
-from keras_gemma2.serving.metrics import Metrics
 
 pytestmark = pytest.mark.backend_free  # the engine's tests run a model in a thread on each backend
 PROMPT = "The state of our union is"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Ahab?"}]
-PATIENCE = 120
 
 
 @pytest.fixture(scope="module")
 def lm():
     return Gemma2CausalLM.from_preset("gemma2_mini_en", dtype="float32")
-
-
-@contextlib.contextmanager
-def running(lm, size=4, queue_size=64, **options):
-    """A server on a free port: its address and its engine."""
-    engine = Engine(lambda: Batch(lm.backbone, size, 256, kept=1), queue_size)
-    metrics = Metrics(engine)
-    app = metrics.counting(make_app(Served(engine, lm.preprocessor, "mini", length=256, metrics=metrics, **options)), PATHS)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        engine.start()
-        thread.start()
-        started = time.monotonic()
-        while not server.started and time.monotonic() < started + PATIENCE:
-            time.sleep(0.01)
-        try:
-            yield listening.getsockname(), engine
-        finally:
-            server.should_exit = True
-            thread.join(PATIENCE)
-            engine.close(0)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Products in graphs of dynamic sizes, which TensorFlow's own executor runs, and not XLA.
 
 Its product of some three to thirty rows takes twice as long as reading the matrix; cut into blocks, of which each core takes some,
-the same product takes no longer than with one row.
+the same product takes no longer than with one row. And it runs products that do not need each other at the same time, each on all
+cores, where they get into each other's way: a graph's products run one after the other here.
 
 TensorFlow restores a variable with one thread: a table of some GB takes longer than all other weights. In a SavedModel it is
 several variables.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ LARGE = 1 << 15  # rows of a matrix, from which on one block is slower than the 
 ROWS_A_BLOCK = (128, 2048)  # of the matrix
 # Whether the number of rows is "any", which an operation has to look at, or is known to be "few", or not to be ("plain").
 _ROWS: contextvars.ContextVar[str | None] = contextvars.ContextVar("rows", default=None)
+_LAST: weakref.WeakKeyDictionary[tf.Graph, weakref.ref[tf.Tensor]] = weakref.WeakKeyDictionary()  # products of each graph
 _PARTS: contextvars.ContextVar[dict[int, list[tf.Variable]] | None] = contextvars.ContextVar("parts", default=None)
 
 
@@ -110,6 +113,17 @@ def load(folder: str) -> Any:
 
 def product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """`rows [R, in]` times `kernel [out, in]` transposed: `[R, out]`."""
+    if _ROWS.get() is None:
+        return tf.matmul(rows, kernel, transpose_b=True)
+    graph = tf.compat.v1.get_default_graph()
+    last = _LAST[graph]() if graph in _LAST else None
+    with tf.control_dependencies([] if last is None else [last]):
+        found = _product(rows, kernel)
+    _LAST[graph] = weakref.ref(found)
+    return found
+
+
+def _product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     block, known = _block_size(kernel.shape[0]), _ROWS.get()
     units, width = kernel.shape
 
@@ -120,7 +134,7 @@ def product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         cut = tf.reshape(kernel, (blocks, -1, width))
         return tf.transpose(tf.reshape(tf.matmul(cut, rows[None], transpose_b=True), (units, tf.shape(rows)[0])))
 
-    if known in (None, "plain") or block is None or rows.shape[0] is not None:
+    if known == "plain" or block is None or rows.shape[0] is not None:
         return plain()
     if known == "few":
         return in_blocks(units // block)

@@ -1,10 +1,10 @@
-"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize | train | memory | export`."""
+"""The program `python -m keras_gemma2.benchmarks build | load | generate | quantize | train | memory | export | serve`."""
 
 from __future__ import annotations
 
 import argparse
 
-from keras_gemma2.benchmarks import build, export, generate, load, memory, quantize, train
+from keras_gemma2.benchmarks import build, export, generate, load, memory, quantize, serve, train
 
 
 def main() -> None:
@@ -18,6 +18,7 @@ def main() -> None:
     train.add_command(commands)
     memory.add_command(commands)
     export.add_command(commands)
+    serve.add_command(commands)
     options = parser.parse_args()
     options.run(options)
 

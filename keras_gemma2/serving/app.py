@@ -25,9 +25,10 @@ from keras_gemma2.serving.choices import Choices, EngineError, Piece, TimeLimitE
 from keras_gemma2.serving.engine import ClosedError, Engine, QueueFullError
 from keras_gemma2.serving.jobs import Job
 from keras_gemma2.serving.metrics import CONTENT_TYPE, Metrics
+from keras_gemma2.serving.page import NAMES, add_page
 from keras_gemma2.serving.schema import ChatCompletionRequest, CompletionRequest, ErrorResponse
 
-PATHS = frozenset(("/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"))
+PATHS = frozenset((*NAMES, "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"))
 RETRY_AFTER = 2  # seconds that a client is told to wait where the queue is full
 
 
@@ -80,6 +81,7 @@ def make_app(served: Served) -> FastAPI:
     """
     app = FastAPI(title="keras_gemma2", docs_url=None, redoc_url=None)
     _add_errors(app)
+    add_page(app)
     failures: dict[int | str, dict[str, Any]] = {
         "4XX": {"model": ErrorResponse, "description": "The request is refused; the message says why and how to mend it."},
         "5XX": {"model": ErrorResponse, "description": "The server is busy, about to end, or at fault."},

@@ -11,11 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from keras_gemma2.serving.bodies import error_body
+from keras_gemma2.serving.page import NAMES
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
-OPEN_PATHS = ("/health", "/ready")  # for those who watch over a server, who have no key
+# For those who watch over a server, who have no key, and for the page that asks for one.
+OPEN_PATHS = ("/health", "/ready", *NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Limits:
     """What the guard lets through.
 
     Args:
-        api_key: that `/v1` wants as a bearer token; None for none.
+        api_key: that all but `OPEN_PATHS` wants as a bearer token; None for none.
         body_bytes: of a body, at most.
         body_seconds: that a body may take to arrive.
         hosts: names that the `Host` header may have, without ports; None for any. Keeps out pages whose name was made to lead here

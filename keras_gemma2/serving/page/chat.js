@@ -1,0 +1,238 @@
+// The chat page: talks to the server that it came from, keeps conversations in the browser. All text is shown as text, never as HTML.
+import { readEvents } from "./events.js";
+import { load, save } from "./store.js";
+
+const at = (id) => document.getElementById(id);
+const state = { conversations: load("conversations", []), current: null, running: null };
+const settings = { temperature: 1, length: null, model: null, theme: "auto", ...load("settings", {}) };
+
+const conversation = () => state.conversations.find((each) => each.id === state.current);
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+function say(message) {
+  at("error").textContent = message;
+  at("error").hidden = !message;
+}
+
+function keep() {
+  if (!save("conversations", state.conversations.filter((each) => each.messages.length || each.system)) || !save("settings", settings))
+    say("This browser keeps no more data for this page: what is new is lost with the tab. Delete some conversations.");
+}
+
+// Conversations ---------------------------------------------------------------------------------------------------------
+
+function start() {
+  stop();
+  if (conversation()?.messages.length !== 0) {
+    state.current = crypto.randomUUID?.() ?? String(Math.random());
+    state.conversations.unshift({ id: state.current, system: "", messages: [] });
+  }
+  show();
+  at("input").focus();
+}
+
+function open(id) {
+  stop();
+  state.current = id;
+  say("");
+  show();
+}
+
+function remove(id) {
+  if (id === state.current) stop();
+  state.conversations = state.conversations.filter((each) => each.id !== id);
+  keep();
+  if (id !== state.current) showList();
+  else if (state.conversations.length) open(state.conversations[0].id);
+  else start();
+}
+
+function titleOf(each) {
+  return each.messages[0]?.content.slice(0, 60) || "New conversation";
+}
+
+function showList() {
+  at("conversations").replaceChildren(...state.conversations.map((each) => {
+    const title = titleOf(each);
+    const opens = element("button", { type: "button", className: "open", textContent: title, onclick: () => open(each.id) });
+    opens.setAttribute("aria-current", String(each.id === state.current));
+    const removes = element("button", { type: "button", textContent: "×", title: "Delete", onclick: () => remove(each.id) });
+    removes.setAttribute("aria-label", `Delete: ${title}`);
+    return element("li", {}, opens, removes);
+  }));
+}
+
+// Messages --------------------------------------------------------------------------------------------------------------
+
+function show() {
+  const messages = conversation().messages;
+  showList();
+  at("system").value = conversation().system;
+  at("messages").replaceChildren(...messages.map((message, index) => shown(message, index === messages.length - 1)));
+  if (!messages.length) at("messages").append(element("p", { className: "empty", textContent: "Ask something." }));
+  at("messages").scrollTop = at("messages").scrollHeight;
+}
+
+function shown(message, isLast) {
+  const text = element("div", { className: "text", textContent: message.content });
+  const copy = element("button", { type: "button", textContent: "Copy", onclick: () => copied(message.content, copy) });
+  const tools = element("div", { className: "tools" }, copy);
+  if (isLast && !state.running) {
+    const label = message.role === "user" ? "Try again" : "Regenerate";
+    tools.append(element("button", { type: "button", textContent: label, className: "again", onclick: regenerate }));
+  }
+  if (message.note) tools.append(element("span", { textContent: message.note }));
+  const isRunning = isLast && state.running && message.role === "assistant";
+  const whose = element("span", { className: "hidden", textContent: message.role === "user" ? "You:" : "Model:" });
+  return element("article", { className: `message ${message.role}${isRunning ? " running" : ""}` }, whose, text, tools);
+}
+
+async function copied(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch (error) {
+    // Browsers give the clipboard to pages of https and of this computer only.
+    button.textContent = "This browser does not let the page copy";
+  }
+  setTimeout(() => { button.textContent = "Copy"; }, 2000);
+}
+
+// Answers ---------------------------------------------------------------------------------------------------------------
+
+function send() {
+  const content = at("input").value.trim();
+  if (!content || state.running) return;
+  at("input").value = "";
+  conversation().messages.push({ role: "user", content });
+  answer();
+}
+
+function regenerate() {
+  if (state.running) return;
+  const messages = conversation().messages;
+  if (messages.at(-1)?.role === "assistant") messages.pop();
+  if (messages.length) answer();
+}
+
+function stop() {
+  state.running?.abort();
+}
+
+function requested(talk) {
+  const messages = talk.system.trim() ? [{ role: "system", content: talk.system }] : [];
+  for (const { role, content } of talk.messages) {
+    // A question that got no answer is part of the next one: roles have to alternate.
+    if (role === "user" && messages.at(-1)?.role === "user") messages.at(-1).content += `\n\n${content}`;
+    else messages.push({ role, content });
+  }
+  const body = { messages, stream: true, temperature: settings.temperature };
+  if (settings.model) body.model = settings.model;
+  if (settings.length) body.max_tokens = settings.length;
+  return body;
+}
+
+async function answer() {
+  const talk = conversation(), running = new AbortController(), body = JSON.stringify(requested(talk));
+  const message = { role: "assistant", content: "" };
+  state.running = running;
+  talk.messages.push(message);
+  say("");
+  busy(true);
+  try {
+    const response = await asked("v1/chat/completions", { method: "POST", body, signal: running.signal });
+    for await (const event of readEvents(response.body)) {
+      if (event.error) throw new Error(event.error.message);
+      const choice = event.choices?.[0];
+      message.content += choice?.delta?.content ?? "";
+      if (choice?.finish_reason === "length") message.note = "Cut off: this is as long as an answer may be.";
+      if (talk === conversation()) grow(message);
+    }
+  } catch (error) {
+    if (running.signal.aborted) message.note = "Stopped.";
+    else say(failure(error));
+  }
+  if (!message.content) talk.messages.pop();
+  state.running = null;
+  keep();
+  busy(false);
+}
+
+function grow(message) {
+  const box = at("messages"), follows = box.scrollHeight - box.scrollTop - box.clientHeight < 80;
+  box.querySelector(".running .text").textContent = message.content;
+  if (follows) box.scrollTop = box.scrollHeight;
+}
+
+function busy(isBusy) {
+  at("send").hidden = isBusy;
+  at("stop").hidden = !isBusy;
+  at("messages").setAttribute("aria-busy", String(isBusy));
+  show();
+}
+
+async function asked(path, options = {}) {
+  const headers = { "Content-Type": "application/json" };
+  if (at("key").value) headers.Authorization = `Bearer ${at("key").value}`;
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  const body = await response.json().catch(() => null);
+  throw new Error(body?.error?.message ?? `The server answered ${response.status} ${response.statusText}.`);
+}
+
+function failure(error) {
+  return error instanceof TypeError ? "The server cannot be reached. Is it running? Try again then." : error.message;
+}
+
+// Settings --------------------------------------------------------------------------------------------------------------
+
+async function listModels() {
+  try {
+    const names = (await (await asked("v1/models")).json()).data.map((model) => model.id);
+    if (!names.includes(settings.model)) settings.model = names[0];
+    at("model").replaceChildren(...names.map((name) => element("option", { value: name, textContent: name, selected: name === settings.model })));
+    say("");
+  } catch (error) {
+    say(failure(error));
+  }
+}
+
+function setTheme(theme) {
+  settings.theme = theme;
+  if (theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  at("theme").textContent = `Theme: ${theme}`;
+}
+
+function setUp() {
+  at("temperature").value = at("shown").value = settings.temperature;
+  at("length").value = settings.length ?? "";
+  at("key").value = sessionStorage.getItem("key") ?? "";
+  setTheme(settings.theme);
+  at("temperature").oninput = () => { settings.temperature = Number(at("temperature").value); at("shown").value = settings.temperature; keep(); };
+  at("length").onchange = () => { settings.length = Math.max(0, Math.floor(Number(at("length").value))) || null; at("length").value = settings.length ?? ""; keep(); };
+  at("system").oninput = () => { conversation().system = at("system").value; keep(); };
+  at("key").onchange = () => { sessionStorage.setItem("key", at("key").value); listModels(); };
+  at("model").onchange = () => { settings.model = at("model").value; keep(); };
+  at("theme").onclick = () => { setTheme({ auto: "light", light: "dark", dark: "auto" }[settings.theme]); keep(); };
+  at("settings").onsubmit = (event) => event.preventDefault();
+  at("composer").onsubmit = (event) => { event.preventDefault(); send(); };
+  at("input").onkeydown = (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+  };
+  at("new").onclick = start;
+  at("stop").onclick = stop;
+  at("menu").onclick = () => at("menu").setAttribute("aria-expanded", String(at("side").classList.toggle("shown")));
+  document.onkeydown = (event) => { if (event.key === "Escape") stop(); };
+  window.onpagehide = keep;
+}
+
+setUp();
+if (state.conversations.length) open(state.conversations[0].id);
+else start();
+listModels();
