@@ -31,7 +31,7 @@ def test_the_figures():
     answers = [Answer(1.0, (1.5, 1.6, 1.8), 5), Answer(2.0, (2.1, 2.7), 2), Answer(3.0, error="429")]
     found = serve._row(answers, 4.0)
     assert (found["rate"], found["lost"], found["requests"]) == (7 / 4, 1, 3)
-    assert [found[name] for name in ("first50", "first99")] == pytest.approx([200, 300])
+    assert [found[name] for name in ("first50", "first99")] == pytest.approx([300, 500])
     assert [found[name] for name in ("gap50", "gap99")] == pytest.approx([200, 600])
     with pytest.raises(SystemExit, match="No request was answered. The first: 429"):
         serve._row(answers[2:], 1.0)

@@ -20,6 +20,7 @@ from keras_gemma2.serving.page import FOLDER, NAMES
 pytestmark = pytest.mark.backend_free
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+BROWSER_PATIENCE = 60_000  # milliseconds
 HTML = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> & <b>bold</b>"
 # What a browser does by itself, updates above all, is no part of the page.
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
@@ -51,17 +52,17 @@ def page(browser, server):
     """The page, newly opened in a browser that has never been there; it may load and complain of nothing."""
     address = "http://{}:{}/".format(*server[0])
     context = browser.new_context(viewport={"width": 1100, "height": 750}, permissions=["clipboard-read", "clipboard-write"])
-    context.set_default_timeout(PATIENCE * 1000)
+    context.set_default_timeout(BROWSER_PATIENCE)
     page = context.new_page()
     asked, said = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(address)
-    page.wait_for_selector("#model option")
+    page.wait_for_selector("#model option", state="attached")
     yield page
     assert all(url.startswith((address, "data:")) for url in asked)
-    assert [text for text in said if "the server responded with a status of" not in text] == []
+    assert [text for text in said if not re.search("Failed to load resource|cannot be read", text)] == []  # as some tests want it
     context.close()
 
 
@@ -70,9 +71,17 @@ def send(page, text):
     page.press("#input", "Enter")
 
 
+def until(page, expression):
+    """Waits until an expression of JavaScript is true; the browser's own way would have to be let through the page's policy."""
+    deadline = time.monotonic() + BROWSER_PATIENCE / 1000
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(10)
+
+
 def answered(page, count=1):
     """The texts of so many answers, the last of which has ended."""
-    page.wait_for_function(f"document.querySelectorAll('.assistant').length === {count} && document.getElementById('stop').hidden")
+    until(page, f"document.querySelectorAll('.assistant').length === {count} && document.getElementById('stop').hidden")
     return page.locator(".assistant .text").all_inner_texts()
 
 
@@ -121,7 +130,7 @@ def test_stop_stops(page, server):
     """In the page and in the engine; by the button and by Escape."""
     for index, stop in enumerate((lambda: page.click("#stop"), lambda: page.keyboard.press("Escape"))):
         send(page, "Tell me a long story.")
-        page.wait_for_function("document.querySelector('.running .text')?.textContent.length > 0")
+        until(page, "document.querySelector('.running .text')?.textContent.length > 0")
         stop()
         before = answered(page, index + 1)[-1]
         deadline = time.monotonic() + PATIENCE
@@ -144,7 +153,7 @@ def test_regenerate_and_copy(page):
     with page.expect_request("**/v1/chat/completions") as asked:
         page.click("text=Regenerate")
     assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "A question"}]
-    page.wait_for_function("document.querySelector('.assistant .text').textContent === 'second'")
+    until(page, "document.querySelector('.assistant .text').textContent === 'second'")
     assert answered(page) == ["second"]
     page.locator(".assistant >> text=Copy").click()
     page.wait_for_selector("text=Copied")
@@ -206,15 +215,15 @@ def test_errors_are_said(page):
     page.press("#length", "Tab")
     page.route("**/v1/chat/completions", lambda route: route.abort())
     page.click("text=Try again")
-    page.wait_for_function("document.getElementById('error').textContent.includes('cannot be reached')")
+    until(page, "document.getElementById('error').textContent.includes('cannot be reached')")
     page.unroute("**/v1/chat/completions")
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=f"data: {json.dumps(delta('Half'))}\n\n"))
     page.click("text=Try again")
-    page.wait_for_function("document.getElementById('error').textContent.includes('in the middle of the answer')")
+    until(page, "document.getElementById('error').textContent.includes('in the middle of the answer')")
     assert answered(page) == ["Half"]
     page.unroute("**/v1/chat/completions")
     page.click("text=Regenerate")
-    page.wait_for_function("document.getElementById('error').hidden")
+    until(page, "document.getElementById('error').hidden")
     assert answered(page)[0] not in ("", "Half")
 
 
@@ -236,7 +245,7 @@ def test_unanswered_questions_are_part_of_the_next(page):
 def test_a_server_that_wants_a_key(browser, lm):
     with running(lm, limits=Limits(api_key="sesame")) as (address, _):
         context = browser.new_context()
-        context.set_default_timeout(PATIENCE * 1000)
+        context.set_default_timeout(BROWSER_PATIENCE)
         page = context.new_page()
         page.goto("http://{}:{}/".format(*address))
         page.wait_for_selector("#error:not([hidden])")
@@ -278,19 +287,16 @@ def test_by_keyboard_alone(page):
     page.keyboard.press("Enter")
     answered(page)
     assert page.locator(".user .text").inner_text() == "Line one\nLine two"
-    page.evaluate("document.activeElement.blur()")
-    reached = []
-    for _ in range(20):
+    page.focus(".skip")
+    side = ["new", "Line one\nLine two", "×", "system", "temperature", "length", "key"]
+    wanted = ["model", "theme", *side, "messages", "Copy", "Copy", "Regenerate", "input", "send"]
+    for name in wanted:
         page.keyboard.press("Tab")
-        about = page.evaluate(
+        reached, called, outline = page.evaluate(
             """() => { const e = document.activeElement; return [e.id || e.textContent,
                  (e.labels?.[0]?.textContent || e.ariaLabel || e.textContent).trim(), getComputedStyle(e).outlineStyle] }"""
         )
-        assert about[1] and about[2] != "none", about
-        reached.append(about[0])
-    side = ["new", "Line one\nLine two", "×", "system", "temperature", "length", "key"]
-    wanted = ["model", "theme", *side, "messages", "Copy", "Copy", "Regenerate", "input", "send"]
-    assert reached[reached.index("model") :][: len(wanted)] == wanted
+        assert reached == name and called and outline != "none"
 
 
 @needs_browser
@@ -304,8 +310,9 @@ def test_a_narrow_screen(page):
     assert page.evaluate("document.documentElement.scrollHeight") <= 600
     assert not page.is_visible("#new")
     page.click("#menu")
-    page.click("#new")
     assert page.get_attribute("#menu", "aria-expanded") == "true"
+    page.click("#new")
+    assert page.get_attribute("#menu", "aria-expanded") == "false" and not page.is_visible("#new")
 
 
 @needs_browser

@@ -32,6 +32,7 @@ function start() {
     state.current = crypto.randomUUID?.() ?? String(Math.random());
     state.conversations.unshift({ id: state.current, system: "", messages: [] });
   }
+  showSide(false);
   show();
   at("input").focus();
 }
@@ -40,6 +41,7 @@ function open(id) {
   stop();
   state.current = id;
   say("");
+  showSide(false);
   show();
 }
 
@@ -65,6 +67,11 @@ function showList() {
     removes.setAttribute("aria-label", `Delete: ${title}`);
     return element("li", {}, opens, removes);
   }));
+}
+
+function showSide(isShown) {  // on narrow screens; elsewhere it is always there
+  at("side").classList.toggle("shown", isShown);
+  at("menu").setAttribute("aria-expanded", String(isShown));
 }
 
 // Messages --------------------------------------------------------------------------------------------------------------
@@ -227,7 +234,7 @@ function setUp() {
   };
   at("new").onclick = start;
   at("stop").onclick = stop;
-  at("menu").onclick = () => at("menu").setAttribute("aria-expanded", String(at("side").classList.toggle("shown")));
+  at("menu").onclick = () => showSide(!at("side").classList.contains("shown"));
   document.onkeydown = (event) => { if (event.key === "Escape") stop(); };
   window.onpagehide = keep;
 }
