@@ -93,7 +93,7 @@ class LayerCache:
         """
         softmax = RunningSoftmax(queries, soft_cap)
         is_one = isinstance(self.tokens.steps, int) and self.tokens.steps == 1
-        if is_one and self.tokens.rows is None:
+        if is_one:
             # Written first and read after: the old cache has no other reader, so that it is updated in place.
             self._store(keys, values)
             return softmax.result(self._over_slots(softmax, softmax.start(), self.tokens.starts))

@@ -77,7 +77,7 @@ def _row(answers: list[Answer], seconds: float) -> dict[str, float]:
     good = [answer for answer in answers if answer.error is None]
     if not good:
         raise SystemExit(f"No request was answered. The first: {answers[0].error}")
-    first = [1000 * (answer.pieces[0] - answer.asked) for answer in good]
+    first = [1000 * (answer.pieces[0] - answer.asked) for answer in good if answer.pieces] or [0.0]
     gaps = [1000 * (b - a) for answer in good for a, b in zip(answer.pieces, answer.pieces[1:])] or [0.0]
     found = {"rate": sum(answer.tokens for answer in good) / seconds, "lost": len(answers) - len(good), "requests": len(answers)}
     for name, values in (("first", first), ("gap", gaps)):

@@ -19,7 +19,7 @@ class Answer:
 
     Args:
         asked: when it was asked for, in seconds of `time.perf_counter`.
-        pieces: when each piece of text came.
+        pieces: when each piece of text came; none where the model ended its turn at once.
         tokens: as the server counts them; where it does not, the pieces.
         error: what went wrong; None if nothing did.
     """
@@ -33,7 +33,7 @@ class Answer:
 def stream(address: tuple[str, int], body: dict[str, Any]) -> Answer:
     """Asks for one chat completion, and reads it as it comes."""
     connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
-    asked, pieces, counted = time.perf_counter(), [], None
+    asked, pieces, counted, ended = time.perf_counter(), [], None, None
     try:
         wanted = {**body, "stream": True, "stream_options": {"include_usage": True}}
         connection.request("POST", "/v1/chat/completions", json.dumps(wanted), {"Content-Type": "application/json"})
@@ -47,14 +47,16 @@ def stream(address: tuple[str, int], body: dict[str, Any]) -> Answer:
             if "error" in event:
                 return Answer(asked, error=str(event["error"]))
             counted = (event.get("usage") or {}).get("completion_tokens", counted)
-            if any(choice["delta"].get("content") for choice in event.get("choices", ())):
-                pieces.append(time.perf_counter())
+            for choice in event.get("choices", ()):
+                ended = choice.get("finish_reason") or ended
+                if choice["delta"].get("content"):
+                    pieces.append(time.perf_counter())
     except (OSError, http.client.HTTPException, ValueError) as error:
         return Answer(asked, error=f"{type(error).__name__}: {error}")
     finally:
         connection.close()
-    if not pieces:
-        return Answer(asked, error="an answer without text")
+    if ended is None:
+        return Answer(asked, error="an answer that was cut off")
     return Answer(asked, tuple(pieces), len(pieces) if counted is None else counted)
 
 
