@@ -92,8 +92,7 @@ class LayerCache:
             `[b, K, G, T, H]`, in the dtype of the queries.
         """
         softmax = RunningSoftmax(queries, soft_cap)
-        is_one = isinstance(self.tokens.steps, int) and self.tokens.steps == 1
-        if is_one:
+        if isinstance(self.tokens.steps, int) and self.tokens.steps == 1:
             # Written first and read after: the old cache has no other reader, so that it is updated in place.
             self._store(keys, values)
             return softmax.result(self._over_slots(softmax, softmax.start(), self.tokens.starts))

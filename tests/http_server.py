@@ -1,7 +1,9 @@
-"""A server of the embedded preset on a free port, in a thread of this process."""
+"""Servers on free ports: of the embedded preset in a thread of this process, or by a command."""
 
 import contextlib
+import re
 import socket
+import subprocess
 import threading
 import time
 
@@ -48,3 +50,20 @@ def listening(app, **options):
         finally:
             server.should_exit = True
             thread.join(PATIENCE)
+
+
+@contextlib.contextmanager
+def commanded(command, environment):
+    """A command that serves: its process, and its address once it tells that."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        found = None
+        while found is None:
+            line = process.stderr.readline()
+            assert line, process.wait()
+            found = re.search(r"serving at http://([\d.]+):(\d+)/v1", line)
+        yield process, (found[1], int(found[2]))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()

@@ -5,13 +5,13 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from http_server import PATIENCE, commanded
 
 from keras_gemma2.serving.app import PATHS
 
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.backend_free
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "deploy"
 MANIFESTS = ("cloud_run.yaml", "kubernetes.yaml")
-PATIENCE = 120
 
 
 def instructions():
@@ -47,24 +46,15 @@ def test_its_command_serves_and_ends():
     (command,) = [yaml.safe_load(rest) for name, rest in instructions() if name == "CMD"]
     programs = os.path.dirname(sys.executable)
     given = {**os.environ, **environment(), "PORT": "0", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    process = subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True)
-    try:
-        found = None
-        while found is None:
-            line = process.stderr.readline()
-            assert line, process.wait()
-            found = re.search(r"serving at http://0\.0\.0\.0:(\d+)/v1", line)
+    with commanded(command, given) as (process, (host, port)):
+        assert host == "0.0.0.0"
         for path in ("/ready", "/health", "/"):
-            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=PATIENCE)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
             connection.request("GET", path, headers={"Host": "keras-gemma2.example"})
             assert connection.getresponse().status == 200
             connection.close()
         process.send_signal(signal.SIGTERM)  # to the shell's process, which the server has become
         assert process.wait(PATIENCE) == 0
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import time
 
 import pytest
-from http_server import PATIENCE, listening
+from http_server import PATIENCE, commanded, listening
 
 from keras_gemma2.serving.connections import PatientProtocol, allow_many_files
 from keras_gemma2.serving.guard import Guard, Limits
@@ -143,23 +142,11 @@ def test_other_origins_and_names(headers, status):
 # The command ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
 def served(*arguments):
     """`keras-gemma2 serve` on a free port: its process and its address."""
     allow_many_files()  # of the tests' own, which the server inherits
     command = [sys.executable, "-m", "keras_gemma2", "serve", "--port", "0", "--max-length", "256", "--max-batch", "2", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
-    try:
-        found = None
-        while found is None:
-            line = process.stderr.readline()
-            assert line, process.wait()
-            found = re.search(r"serving at http://([\d.]+):(\d+)/v1", line)
-        yield process, (found[1], int(found[2]))
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    return commanded(command, {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
 
 
 def test_the_command():

@@ -113,28 +113,17 @@ def load(folder: str) -> Any:
 
 def product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """`rows [R, in]` times `kernel [out, in]` transposed: `[R, out]`."""
-    if _ROWS.get() is None:
-        return tf.matmul(rows, kernel, transpose_b=True)
-    graph = tf.compat.v1.get_default_graph()
-    last = _LAST[graph]() if graph in _LAST else None
-    with tf.control_dependencies([] if last is None else [last]):
-        found = _product(rows, kernel)
-    _LAST[graph] = weakref.ref(found)
-    return found
-
-
-def _product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     block, known = _block_size(kernel.shape[0]), _ROWS.get()
     units, width = kernel.shape
 
     def plain() -> tf.Tensor:
-        return tf.matmul(rows, kernel, transpose_b=True)
+        return _in_turn(rows, kernel)
 
     def in_blocks(blocks: Any) -> tf.Tensor:
         cut = tf.reshape(kernel, (blocks, -1, width))
-        return tf.transpose(tf.reshape(tf.matmul(cut, rows[None], transpose_b=True), (units, tf.shape(rows)[0])))
+        return tf.transpose(tf.reshape(_in_turn(cut, rows[None]), (units, tf.shape(rows)[0])))
 
-    if known == "plain" or block is None or rows.shape[0] is not None:
+    if known in (None, "plain") or block is None or rows.shape[0] is not None:
         return plain()
     if known == "few":
         return in_blocks(units // block)
@@ -142,6 +131,18 @@ def _product(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     if units < LARGE:  # one block is hardly slower than the plain product, and a graph without branches is sooner loaded
         return in_blocks(tf.where(few, units // block, 1))
     return tf.cond(few, lambda: in_blocks(units // block), plain)
+
+
+def _in_turn(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """The product, which in a graph of dynamic sizes waits for the one that was traced before it."""
+    if _ROWS.get() is None:
+        return tf.matmul(rows, kernel, transpose_b=True)
+    graph = tf.compat.v1.get_default_graph()
+    last = _LAST[graph]() if graph in _LAST else None
+    with tf.control_dependencies([] if last is None else [last]):
+        found = tf.matmul(rows, kernel, transpose_b=True)
+    _LAST[graph] = weakref.ref(found)
+    return found
 
 
 def _block_size(units: int) -> int | None:

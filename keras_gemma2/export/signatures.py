@@ -246,6 +246,7 @@ class Signatures:
             row = tf.scatter_nd([[i] for i in bias], tf.constant(list(bias.values()), tf.float32), [size])
             arrays["bias"] = tf.tile(row[None], [batch, 1])
 
+        @tf.function(autograph=False)  # traced once, wherever it is used
         def chosen(marks: Any, logits: Any, step: Any) -> tuple[Any, Any]:
             def drawn() -> Any:
                 uniforms = tf.random.stateless_uniform([batch], tf.stack([seed, step]))
