@@ -162,9 +162,9 @@ class Graph:
         from keras_gemma2.backend.tensorflow_graph import known_rows
 
         shapes = tuple((str(weight.value.dtype), tuple(weight.shape)) for weight in weights)
-        key = (view, known_rows(), kind, shapes, adapter_scales(block))
+        window = None if view is _step_cache else self.backbone.config.window(kind)  # a step's window is in its masks
+        key = (view, known_rows(), window, shapes, adapter_scales(block))
         if key not in self._blocks:
-            window = self.backbone.config.window(kind)
 
             def run(values: Any, x: Any, cos: Any, sin: Any, cache: Any, shared: Any) -> tuple:
                 layer = view(tuple(cache), window, *shared)

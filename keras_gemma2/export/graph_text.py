@@ -105,6 +105,7 @@ def checked(condition: Any, message: str, value: Any) -> Any:
     """`value`; when run, fails with `message` and the index of what is false in `condition [B]`."""
     import tensorflow as tf
 
-    check = tf.debugging.Assert(tf.reduce_all(condition), [message, tf.where(~condition)[:, 0]], summarize=5)
+    # Not `tf.debugging.Assert`, which is a branch of two functions, each of which takes long to load.
+    check = tf.raw_ops.Assert(condition=tf.reduce_all(condition), data=[message, tf.where(~condition)[:, 0]], summarize=5)
     with tf.control_dependencies([check]):
         return tf.identity(value)
