@@ -8,6 +8,7 @@ from exported import small_lm
 from keras_gemma2 import Sampler
 from keras_gemma2.serving.batch import PIECE, Batch
 from keras_gemma2.serving.jobs import Job
+from keras_gemma2.serving.rows import Rows
 
 SAMPLED = Sampler(temperature=1.5, top_k=50, top_p=0.95)
 
@@ -103,6 +104,28 @@ def test_what_rows_hold_is_reused(lm):
     again = Job(jobs[0].prompt, 90, SAMPLED, 0)
     run(batch, [(0, again)])
     assert again.reused == len(again.prompt) - 1 and again.token_ids == jobs[0].token_ids
+
+def test_rows_that_keep_what_ended():
+    """Jobs run in the first rows; what these held goes to the ones behind, the oldest of which are given up."""
+    rows = Rows(2, 2, ring=1000)
+
+    def ended(seed, length=30):
+        job = Job(prompt(length, seed), length + 1)
+        place = rows.take(job)
+        job.cached = length
+        rows.give_back(job)
+        return place
+
+    assert ended(1) == (0, 0, 0, None) and ended(2) == (1, 1, 0, None)
+    assert ended(3) == (0, 0, 0, 2) and ended(4) == (1, 1, 0, 3)  # 1 and 2 are kept
+    assert ended(5) == (0, 0, 0, 2)  # 3 is kept in the place of 1
+    first = Job([*prompt(30, 3), 300], 40)
+    assert rows.take(first) == (1, 2, 30, 3)  # 3 comes back, 4 is kept in the place of 2, and 2's row is empty
+    assert rows.take(Job(prompt(30, 2), 40)) == (0, 0, 0, 2)  # 2 is gone; 5 is kept
+    rows.give_back(first)
+    assert rows.take(Job([*prompt(20, 5), 300], 40)) == (1, 2, 20, 3)  # not into 2, which is to be copied; 4 is gone
+    rows = Rows(1, 0, ring=1000)
+    assert [ended(seed)[3] for seed in (1, 2, 3)] == [None] * 3
 
 
 def test_rings_that_have_turned_are_not_reused(lm):

@@ -200,12 +200,12 @@ def test_export_prints_what_it_found(monkeypatch, capsys):
     monkeypatch.setattr(export, "in_fresh_process", child)
     parser = argparse.ArgumentParser()
     export.add_command(parser.add_subparsers())
-    for arguments, steps in (([], 17), (["--no-peers"], 15)):
+    for arguments, steps in (([], 25), (["--no-peers"], 23)):
         asked.clear()
         options = parser.parse_args(["export", *arguments])
         options.run(options)
         printed = capsys.readouterr().out
         assert len(asked) == steps
         assert "| decoding, s a token | 0.2500 | `lm.generate` on tensorflow | 0.5000 | 0.500 |" in printed
-        assert "| loading again, s | 2.00 | reading its files again | 2.00 | 1.000 |" in printed
-        assert ("keras-hub" in printed) == (steps == 17)
+        assert "| loading again, s | 3.00 | reading its files again | 2.00 | 1.500 |" in printed
+        assert ("keras-hub" in printed) == (steps == 25)

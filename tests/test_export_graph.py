@@ -250,7 +250,11 @@ def test_a_graph_without_repetitions(tmp_path, folder):
         sums = [tf.reshape(x, (tf.shape(x)[1], tf.shape(x)[0])) + float(tf.shape(x).shape[0]) for _ in range(2)]
         with tf.Graph.colocate_with(tf.compat.v1.get_default_graph(), sums[1].op):
             placed = tf.tile(sums[1], [1, 2])
-        return {"draws": tf.stack(draws), "counts": tf.stack(counts), "sums": sums[0] + sums[1], "placed": placed}
+        passed = tf.identity(tf.identity(tf.identity(sums[0]) + 1))
+        with tf.control_dependencies([tf.raw_ops.Assert(condition=tf.shape(x)[0] < 3, data=["Three rows."])]):
+            waits = tf.identity(tf.size(x))
+        found = {"draws": tf.stack(draws), "counts": tf.stack(counts), "sums": sums[0] + sums[1], "placed": placed}
+        return {**found, "passed": passed, "waits": tf.reshape(waits, [1]), "given": x}
 
     def nodes(saved):
         model = saved_model_pb2.SavedModel.FromString((saved / "saved_model.pb").read_bytes())
@@ -264,8 +268,13 @@ def test_a_graph_without_repetitions(tmp_path, folder):
     assert sum(map(len, nodes(tmp_path))) < before
     assert after.count("RandomUniform") == 2 and after.count("AssignAddVariableOp") == 2 and after.count("Shape") == 1
     x = np.random.default_rng(0).normal(size=(2, 3)).astype("float32")
-    found = tf.saved_model.load(str(tmp_path)).signatures["serving_default"](tf.constant(x))
-    assert found["counts"].numpy().tolist() == [1, 2] and len(set(found["draws"].numpy().ravel())) == 4
+    assert after.count("Identity") == 2  # one waits for the check, one passes on the argument
+    loaded = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Three rows"):
+        loaded(tf.ones((3, 3)))
+    found = loaded(tf.constant(x))
+    assert np.array_equal(found["passed"], x.reshape(3, 2) + 3) and found["waits"].numpy() == [6] and (found["given"] == x).all()
+    assert found["counts"].numpy().tolist() == [3, 4] and len(set(found["draws"].numpy().ravel())) == 4
     assert np.allclose(found["sums"], 2 * (x.reshape(3, 2) + 2)) and np.allclose(found["placed"], np.tile(x.reshape(3, 2) + 2, 2))
     merged = nodes(folder)
     assert max(operations.count("Shape") for operations in merged) < 15 and sum(map(len, merged)) > 1000

@@ -21,6 +21,7 @@ FUNCTIONS = (
     "numpy_row_blocks",
     "write_slots",
     "read_slots",
+    "write_row",
     "cache_dtype",
     "attention_dtype",
     "on_accelerator",
@@ -59,6 +60,7 @@ track_variables = _module.track_variables
 numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
 read_slots = _module.read_slots
+write_row = _module.write_row
 cache_dtype = _module.cache_dtype
 attention_dtype = _module.attention_dtype
 on_accelerator = _module.on_accelerator

@@ -147,6 +147,11 @@ def read_slots(cache: jax.Array, rows: jax.Array | None, start: Any, size: int) 
     return jax_words.widened(block) if block.dtype == jnp.uint16 else block
 
 
+def write_row(cache: jax.Array, values: jax.Array, row: jax.Array) -> jax.Array:
+    """Writes `values [1, K, S, H]` into `cache [B, K, S, H]` at one row; in place where it was donated."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, values, row, axis=0)
+
+
 def is_concrete(x: Any) -> bool:
     """Whether x holds values now, as opposed to standing for values in a traced function."""
     return not isinstance(x, jax.core.Tracer)

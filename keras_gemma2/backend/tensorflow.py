@@ -168,6 +168,11 @@ def read_slots(cache: tf.Tensor, rows: tf.Tensor | None, start: Any, size: int) 
     return block if rows is None else tf.gather(block, rows)
 
 
+def write_row(cache: tf.Tensor, values: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    """`cache [B, K, S, H]` with `values [1, K, S, H]` at one row."""
+    return tf.tensor_scatter_nd_update(cache, tf.reshape(row, (1, 1)), values)
+
+
 def is_concrete(x: Any) -> bool:
     """Whether x holds values now, as opposed to standing for values in a traced function."""
     return not isinstance(x, tf.Tensor) or hasattr(x, "numpy")

@@ -95,9 +95,9 @@ def _passed_on(function: Any, named: set[str]) -> dict[str, str]:
     used |= {name.partition(":")[0] for name in function.control_ret.values()}
     found: dict[str, str] = {}
     for node in function.node_def:
-        if node.op == "Identity" and node.name not in named and (len(node.input) == 1 or node.name not in used):
-            if node.input[0].partition(":")[0] in nodes:
-                found[node.name] = node.input[0]
+        needless = len(node.input) == 1 or node.name not in used
+        if node.op == "Identity" and needless and node.name not in named and node.input[0].partition(":")[0] in nodes:
+            found[node.name] = node.input[0]
     for name, source in found.items():
         while source.partition(":")[0] in found:
             source = found[source.partition(":")[0]]

@@ -150,6 +150,11 @@ def read_slots(cache: torch.Tensor, rows: torch.Tensor | None, start: Any, size:
     return block if rows is None else block[rows]
 
 
+def write_row(cache: torch.Tensor, values: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Writes `values [1, K, S, H]` into `cache [B, K, S, H]` at one row, in place."""
+    return cache.index_copy_(0, row.reshape(1).long(), values)
+
+
 def is_concrete(x: Any) -> bool:
     """Whether x holds values now, as opposed to standing for values in a traced function."""
     if torch.compiler.is_compiling():

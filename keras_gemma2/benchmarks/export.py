@@ -3,14 +3,15 @@
 2B's widths with random weights. Decoding is greedy, one row, a prompt of 32 tokens; the time of a token is that of a call for many
 less that of one for a single token, both models in one process and by turns. A load is `tf.saved_model.load` in a fresh process, a
 read that of the same files into memory of another fresh process, by turns; both from the disk, and again, when the system may have
-the files in memory. Before either, each process takes as much memory and gives it back: a virtual machine has to get it from its
-host, which may take longer than reading and is neither's own time. Scores are those of 64 rows of 32 tokens; keras-hub's SavedModel gives logits, of which the same is computed.
-Times are medians.
+the files in memory. Before either, its process has the system get as much memory as it will need: a virtual machine's comes from
+its host, which may take longer than reading and is neither's own time. Scores are those of 64 rows of 32 tokens; keras-hub's
+SavedModel gives logits, of which the same is computed. Times are medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import mmap
@@ -18,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def _files(folder: str) -> list[Path]:
 
 
 def _reading(folder: str, from_disk: bool = False) -> float:
-    _make_ready(folder, from_disk)
-    return seconds(lambda: [path.read_bytes() for path in _files(folder)])
+    with _ready(folder, from_disk):
+        return seconds(lambda: [path.read_bytes() for path in _files(folder)])
 
 
 def _load(folder: str, from_disk: bool = False) -> tuple[Any, float]:
@@ -146,21 +147,31 @@ def _load(folder: str, from_disk: bool = False) -> tuple[Any, float]:
     from keras_gemma2.backend.tensorflow_graph import load
 
     keras.ops.zeros(1)  # TensorFlow's own start-up
-    _make_ready(folder, from_disk)
-    start = time.perf_counter()
-    return load(folder), time.perf_counter() - start
+    with _ready(folder, from_disk):
+        start = time.perf_counter()
+        return load(folder), time.perf_counter() - start
 
 
-def _make_ready(folder: str, from_disk: bool) -> None:
-    """Has the system forget a folder's files where they are to be read from the disk, and have memory for them (both on Linux)."""
+@contextlib.contextmanager
+def _ready(folder: str, from_disk: bool) -> Iterator[None]:
+    """A context in which the system has memory for a folder's files, and has forgotten them where they are to come from the disk.
+
+    Both on Linux. Of the memory a page in each half MB stays taken: what is free in pieces of 2 MB goes back to the host at once.
+    There is as much as the files are read to; what the system keeps of files comes in large pieces, which this would make rare.
+    """
+    size, piece = int(_size(folder)), 1 << 19
     if from_disk:
         os.sync()
         for path in _files(folder):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if hasattr(mmap, "MAP_POPULATE"):  # what the files are read to, and what the system keeps of them
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        mmap.mmap(-1, int(_size(folder)) * (2 if from_disk else 1), flags=flags).close()
+    if not hasattr(mmap, "MAP_POPULATE"):
+        yield
+        return
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE) as memory:
+        for start in range(0, size - piece, piece):
+            memory.madvise(mmap.MADV_DONTNEED, start + mmap.PAGESIZE, piece - mmap.PAGESIZE)
+        yield
 
 
 def _decoding(options: argparse.Namespace, folder: str) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """Jobs that come and go between steps, over one set of caches: continuous batching.
 
 Every call of compiled code runs some tokens of some rows: a piece of one prompt, or the last token of several rows. Its sizes are
-powers of two, so that there are few of them, and all are known: `Batch.warm_up` compiles them.
+powers of two, so that there are few of them, and all are known: `Batch.warm_up` compiles them. A piece runs in a cache of one row,
+taken out and put back: XLA copies caches that a program reads before it writes to them, and of all rows that takes longer than the
+piece. Where most rows have a token to run, all rows run, for none has to be taken out then.
 
 Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models" (OSDI 2022), section 3.2, whose
 iteration-level scheduling this is; Agrawal et al., "Sarathi" (arXiv 2308.16369), for prompts in pieces between decoding steps.
@@ -16,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_gemma2 import backend
-from keras_gemma2.cache import Tokens, cache_slots, empty_caches
+from keras_gemma2.cache import Cache, Tokens, cache_slots, empty_caches
 from keras_gemma2.generation.decode import extend
 from keras_gemma2.generation.drawing import log_probability, uniforms
 from keras_gemma2.generation.requests import GREEDY
@@ -52,10 +54,10 @@ class Batch:
         self.backbone, self.size, self.length = backbone, size, length
         room = cache_bucket(length, config.max_sequence_length)
         ring = min(cache_slots(room, config.window(kind)) for kind in config.layer_types)
-        self.rows = Rows(size + kept, ring)
+        self.rows = Rows(size, kept, ring)
         self.shapes: set[tuple] = set()
         self.prefilled = self.reused = 0
-        self._caches = empty_caches(config, size + kept, room, backbone.compute_dtype)
+        self._caches = [empty_caches(config, count, room, backbone.compute_dtype) for count in (size, kept) if count]
         self._runners = {}
         for adapter in (None, *adapters):
             with backbone.adapter_set.only(adapter):
@@ -81,8 +83,10 @@ class Batch:
             raise ValueError(f"The batch has {self.size} jobs already, its `size`. Wait for one to end.")
         place = self.rows.take(job)
         self.reused += place.reused
+        if place.saved is not None:
+            self._put(place.saved, self._taken_out(place.row))
         if place.source != place.row:
-            self._caches = self._run("copy", None, _copy_row, None, self._caches, np.int32(place.source), np.int32(place.row))
+            self._put(place.row, self._taken_out(place.source))
 
     def remove(self, job: Job) -> None:
         """Ends a job here; one that has ended already is left alone."""
@@ -111,54 +115,60 @@ class Batch:
         """Compiles everything that steps may need, by running it on rows that keep nothing of it."""
         with backend.no_gradients():
             for adapter in self._runners:
-                for count, steps in self._sizes():
-                    nobody = np.zeros(count, "int32")
-                    logits = self._logits(adapter, np.zeros((count, steps), "int32"), nobody, nobody, nobody)
-                    for sampler in (GREEDY, Sampler()) if steps in (1, SHORTEST_PIECE) else ():
-                        self._choose(logits, [sampler] * count, nobody, nobody)
-                    if steps in (1, SHORTEST_PIECE):
-                        self._top(logits)
-            row = np.int32(0)
-            self._caches = self._run("copy", None, _copy_row, None, self._caches, row, row)
+                for steps in self._piece_sizes():
+                    self._prompt_logits(adapter, 0, np.zeros((1, steps), "int32"), *np.zeros((2, 1), "int32"))
+                for count in self._step_sizes():
+                    self._step_logits(adapter, *np.zeros((4, count), "int32"))
+            for count in sorted({1, *self._step_sizes()}):
+                logits, nothing = ops.zeros((count, self.backbone.config.vocabulary_size), "float32"), np.zeros(count, "int32")
+                for sampler in (GREEDY, Sampler()):
+                    self._choose(logits, [sampler] * count, nothing, nothing)
+                self._top(logits)
+            for row in (0, self.size)[: len(self._caches)]:
+                self._put(row, self._taken_out(row))
 
-    def _sizes(self) -> Iterator[tuple[int, int]]:
-        """Rows and steps of each call."""
-        yield from ((1, 1 << power) for power in range(SHORTEST_PIECE.bit_length() - 1, PIECE.bit_length()))
-        yield from ((1 << power, 1) for power in range((self.size - 1).bit_length() + 1))
+    def _piece_sizes(self) -> Iterator[int]:
+        """Tokens of a prompt that may run at once."""
+        yield from (1 << power for power in range(SHORTEST_PIECE.bit_length() - 1, PIECE.bit_length()))
+
+    def _step_sizes(self) -> Iterator[int]:
+        """Rows of which a token each may run at once."""
+        yield from (count for count in (1 << power for power in range(self.size.bit_length())) if count < self.size)
+        yield self.size
 
     # One step -------------------------------------------------------------------------------------------------------------
 
     def _piece(self, job: Job) -> list[Chosen]:
         count = min(job.waiting, PIECE)
-        steps = max(SHORTEST_PIECE, 1 << (count - 1).bit_length())
-        token_ids = np.zeros((1, steps), "int32")
+        token_ids = np.zeros((1, next(size for size in self._piece_sizes() if size >= count)), "int32")
         token_ids[0, :count] = job.token_ids[job.cached : job.cached + count]
-        rows, starts, counts = (np.array([value], "int32") for value in (job.row, job.cached, count))
-        logits = self._logits(job.adapter, token_ids, rows, starts, counts)
+        logits = self._prompt_logits(job.adapter, job.row, token_ids, *np.array([[job.cached], [count]], "int32"))
         job.cached += count
         self.prefilled += count
         return [] if job.waiting else self._taken([job], logits)
 
     def _tokens(self, jobs: list[Job]) -> list[Chosen]:
         """The next token of jobs with one adapter."""
-        count = 1 << (len(jobs) - 1).bit_length()
-        token_ids, rows, starts, counts = (np.zeros(count, "int32") for _ in range(4))
-        for i, job in enumerate(jobs):
+        count = next(size for size in self._step_sizes() if size >= len(jobs))
+        where = [job.row for job in jobs] if count == self.size else range(len(jobs))
+        token_ids, rows, starts, counts = np.zeros((4, count), "int32")
+        for i, job in zip(where, jobs):
             token_ids[i], rows[i], starts[i], counts[i] = job.token_ids[-1], job.row, job.cached, 1
-        logits = self._logits(jobs[0].adapter, token_ids[:, None], rows, starts, counts)
+        logits = self._step_logits(jobs[0].adapter, token_ids, rows, starts, counts)
         for job in jobs:
             self.prefilled += job.cached < len(job.prompt)
             job.cached += 1
-        return self._taken(jobs, logits)
+        return self._taken(jobs, logits, where)
 
-    def _taken(self, jobs: list[Job], logits: Any) -> list[Chosen]:
-        padding = logits.shape[0] - len(jobs)
-        seeds = [job.seed for job in jobs] + [0] * padding
-        positions = np.array([len(job.token_ids) for job in jobs] + [0] * padding, "int32")
-        tokens, logprobs = self._choose(logits, [job.sampler for job in jobs] + [GREEDY] * padding, seeds, positions)
+    def _taken(self, jobs: list[Job], logits: Any, where: Sequence[int] = (0,)) -> list[Chosen]:
+        """A token for each job, from the logits `[b, V]` at `where`."""
+        samplers, seeds, positions = [GREEDY] * logits.shape[0], [0] * logits.shape[0], np.zeros(logits.shape[0], "int32")
+        for i, job in zip(where, jobs):
+            samplers[i], seeds[i], positions[i] = job.sampler, job.seed, len(job.token_ids)
+        tokens, logprobs = self._choose(logits, samplers, seeds, positions)
         tops = self._top(logits) if any(job.top for job in jobs) else None
         chosen = []
-        for i, job in enumerate(jobs):
+        for i, job in zip(where, jobs):
             if tokens[i] < 0:
                 chosen.append(Chosen(job, None, float("nan")))
                 continue
@@ -167,10 +177,30 @@ class Batch:
             chosen.append(Chosen(job, int(tokens[i]), float(logprobs[i]), top))
         return chosen
 
-    def _logits(self, adapter: str | None, token_ids: np.ndarray, *where: np.ndarray) -> Any:
-        """Runs tokens `[b, T]` of some rows; gives the logits `[b, V]` after the last real one of each."""
-        self._caches, logits = self._run("run", adapter, _run_rows, None, self._caches, token_ids, *where)
+    def _prompt_logits(self, adapter: str | None, row: int, token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> Any:
+        """Runs tokens `[1, T]` of a row, the first `counts [1]` of which are real; gives the logits `[1, V]` after the last."""
+        caches = self._taken_out(row)
+        caches, logits = self._run("piece", adapter, _run_rows, None, caches, token_ids, starts, counts)
+        self._put(row, caches)
         return logits
+
+    def _step_logits(self, adapter: str | None, token_ids: np.ndarray, rows: np.ndarray, *where: np.ndarray) -> Any:
+        """Runs a token each of some rows, or of all in order; gives the logits `[b, V]` after them."""
+        some = (rows,) if len(rows) < self.size else ()
+        self._caches[0], logits = self._run("step", adapter, _run_rows, None, self._caches[0], token_ids[:, None], *where, *some)
+        return logits
+
+    def _taken_out(self, row: int) -> list[Cache]:
+        part, row = self._part(row)
+        return self._run(f"take out of {part}", None, _take_out, None, (), self._caches[part], np.int32(row))
+
+    def _put(self, row: int, caches: list[Cache]) -> None:
+        part, row = self._part(row)
+        self._caches[part] = self._run(f"put into {part}", None, _put_back, None, self._caches[part], caches, np.int32(row))
+
+    def _part(self, row: int) -> tuple[int, int]:
+        """In which of the caches a row is, and where."""
+        return (0, row) if row < self.size else (1, row - self.size)
 
     def _choose(self, logits: Any, samplers: list[Sampler], seeds: Any, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         planned = plan(samplers, logits.shape[1])
@@ -196,7 +226,7 @@ class Batch:
 # What is compiled -------------------------------------------------------------------------------------------------------
 
 
-def _run_rows(backbone: Any, key: None, caches: Any, token_ids: Any, rows: Any, starts: Any, counts: Any) -> tuple[Any, Any]:
+def _run_rows(backbone: Any, key: None, caches: Any, token_ids: Any, starts: Any, counts: Any, rows: Any = None) -> tuple[Any, Any]:
     x, caches = extend(backbone, caches, token_ids, Tokens(rows, starts, counts, token_ids.shape[1]))
     last = ops.take_along_axis(x, ops.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return caches, backbone.token_embedding(backbone.layer_norm(last), reverse=True)
@@ -213,8 +243,9 @@ def _likeliest(backbone: Any, count: int, unused: tuple, logits: Any) -> tuple[A
     return index, values
 
 
-def _copy_row(backbone: Any, key: None, caches: Any, source: Any, target: Any) -> Any:
-    def copied(cache: Any) -> Any:
-        return ops.scatter_update(cache, ops.reshape(target, (1, 1)), ops.take(cache, ops.reshape(source, (1,)), axis=0))
+def _take_out(backbone: Any, key: None, unused: tuple, caches: Any, row: Any) -> Any:
+    return [tuple(ops.take(cache, ops.reshape(row, (1,)), axis=0) for cache in pair) for pair in caches]
 
-    return [tuple(copied(cache) for cache in pair) for pair in caches]
+
+def _put_back(backbone: Any, key: None, caches: Any, one: Any, row: Any) -> Any:
+    return [tuple(backend.write_row(cache, new, row) for cache, new in zip(*pairs)) for pairs in zip(caches, one)]
