@@ -17,7 +17,7 @@ from keras_gemma2.layers import attention_mask
 from keras_gemma2.layers.blocked_attention import RunningSoftmax
 
 Cache = tuple[Any, Any]
-BLOCK = 1024  # slots that attention reads at a time
+BLOCK = 1024  # slots that attention reads at a time, at most
 
 
 def cache_slots(length: int, window: int | None, slack: int = 0) -> int:
@@ -107,10 +107,12 @@ class LayerCache:
     def _over_slots(self, softmax: RunningSoftmax, state: Any, last: Any) -> Any:
         """Adds the cached tokens up to position `last [b]`, block by block; blocks that hold none are not read."""
         is_static = isinstance(self.slots, int)
-        if self.tokens.whole or (is_static and self.slots <= BLOCK):
+        is_step = isinstance(self.tokens.steps, int) and self.tokens.steps == 1
+        most = min(BLOCK, backend.step_block()) if is_step else BLOCK
+        if self.tokens.whole or (is_static and self.slots <= most):
             return self._add_block(softmax, state, last, 0, self.slots)
         filled = ops.minimum(ops.max(last) + 1, self.slots)
-        size = BLOCK if is_static else ops.minimum(self.slots, BLOCK)
+        size = most if is_static else ops.minimum(self.slots, most)
         blocks = (filled + size - 1) // size
 
         def add(i: Any, state: Any) -> tuple[Any, Any]:
@@ -122,9 +124,11 @@ class LayerCache:
     def _add_block(self, softmax: RunningSoftmax, state: Any, last: Any, first: Any, size: Any) -> Any:
         # The last block is moved to the left where it would pass the end; slots before `first` were in the block before.
         start = 0 if size is self.slots else ops.minimum(first, self.slots - size)
+        if size is self.slots:
+            size = size + 1  # with the one that is never seen: a cache without it would be a copy
         slots = start + ops.arange(size, dtype="int32")[None, :]
         positions = last[:, None] - (last[:, None] - slots) % self.slots  # operators, which PyTorch's symbolic sizes pass
-        real = ops.logical_and(positions >= 0, slots >= first)
+        real = ops.logical_and(positions >= 0, ops.logical_and(slots >= first, slots < self.slots))
         mask = attention_mask(self.tokens.positions, positions, real, self.window)
         keys, values = (backend.read_slots(x, self.tokens.rows, start, size) for x in self.stored)
         return softmax.add(state, keys, values, mask)

@@ -65,6 +65,9 @@ def check_options(options: argparse.Namespace) -> dict[str, str]:
     return adapters
 
 
+SWITCH_SECONDS = 0.0002  # for which the thread of the connections may keep the one of the model waiting
+
+
 def model_name(options: argparse.Namespace) -> str:
     """What clients call the model."""
     return options.name or os.path.basename(options.preset.rstrip("/")) or options.preset
@@ -105,6 +108,7 @@ def serve_command(lm: Any, options: argparse.Namespace, adapters: dict[str, str]
         guarded, options.host, options.port, http=PatientProtocol, log_level="warning", timeout_graceful_shutdown=10
     )
     server = _server(engine, uvicorn.Server)(config)
+    sys.setswitchinterval(SWITCH_SECONDS)
     engine.start()
     server.run()
     engine.close(0)

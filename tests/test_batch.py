@@ -81,7 +81,7 @@ def test_stops_and_removals(lm):
     run(batch, [(0, last)])
     assert stopped.finish_reason == "stop" and stopped.token_ids == alone(lm, stopped, 30) and stopped.token_ids[-1] == stop
     assert last.token_ids == alone(lm, last, 10)
-    assert gone.finish_reason is None and len(gone.token_ids) == kept == 33
+    assert gone.finish_reason is None and len(gone.token_ids) == kept == 34
 
 
 def test_what_rows_hold_is_reused(lm):

@@ -112,7 +112,7 @@ def test_headers_that_do_not_arrive(monkeypatch):
             assert again.recv(1000).startswith(b"HTTP/1.1 200")
             again.sendall(whole[:20])
             while received := again.recv(1000):
-                assert received.endswith(b"{}")  # the rest of the first answer
+                assert b"HTTP/1.1" not in received  # the rest of the first answer
             time.sleep(0.1)
         with socket.create_connection(address, PATIENCE) as late:
             time.sleep(0.2)

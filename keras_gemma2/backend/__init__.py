@@ -22,6 +22,8 @@ FUNCTIONS = (
     "write_slots",
     "read_slots",
     "write_row",
+    "step_block",
+    "is_asynchronous",
     "cache_dtype",
     "attention_dtype",
     "on_accelerator",
@@ -61,6 +63,8 @@ numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
 read_slots = _module.read_slots
 write_row = _module.write_row
+step_block = _module.step_block
+is_asynchronous = _module.is_asynchronous
 cache_dtype = _module.cache_dtype
 attention_dtype = _module.attention_dtype
 on_accelerator = _module.on_accelerator

@@ -152,6 +152,19 @@ def write_row(cache: jax.Array, values: jax.Array, row: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(cache, values, row, axis=0)
 
 
+def step_block() -> int:
+    """Slots of a cache that a step of one token reads at a time.
+
+    Few, so that little is read that nothing is in yet; on accelerators many, for how often a loop runs is asked from the host.
+    """
+    return 1024 if on_accelerator() else 128
+
+
+def is_asynchronous() -> bool:
+    """Whether compiled functions return before they have computed what they give."""
+    return True
+
+
 def is_concrete(x: Any) -> bool:
     """Whether x holds values now, as opposed to standing for values in a traced function."""
     return not isinstance(x, jax.core.Tracer)

@@ -173,6 +173,19 @@ def write_row(cache: tf.Tensor, values: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_update(cache, tf.reshape(row, (1, 1)), values)
 
 
+def step_block() -> int:
+    """Slots of a cache that a step of one token reads at a time.
+
+    Few, so that little is read that nothing is in yet; on accelerators many, for how often a loop runs is asked from the host.
+    """
+    return 1024 if on_accelerator() else 128
+
+
+def is_asynchronous() -> bool:
+    """Whether compiled functions return before they have computed what they give."""
+    return on_accelerator()
+
+
 def is_concrete(x: Any) -> bool:
     """Whether x holds values now, as opposed to standing for values in a traced function."""
     return not isinstance(x, tf.Tensor) or hasattr(x, "numpy")

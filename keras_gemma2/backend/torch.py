@@ -155,6 +155,16 @@ def write_row(cache: torch.Tensor, values: torch.Tensor, row: torch.Tensor) -> t
     return cache.index_copy_(0, row.reshape(1).long(), values)
 
 
+def step_block() -> int:
+    """Slots of a cache that a step of one token reads at a time: many, for each number of blocks is another tape."""
+    return 1024
+
+
+def is_asynchronous() -> bool:
+    """Whether compiled functions return before they have computed what they give."""
+    return on_accelerator()
+
+
 def is_concrete(x: Any) -> bool:
     """Whether x holds values now, as opposed to standing for values in a traced function."""
     if torch.compiler.is_compiling():

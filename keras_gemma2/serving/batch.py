@@ -11,8 +11,9 @@ iteration-level scheduling this is; Agrawal et al., "Sarathi" (arXiv 2308.16369)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -29,6 +30,16 @@ from keras_gemma2.serving.rows import Rows
 
 PIECE = 256  # tokens of a prompt that run between two steps of the other rows, at most
 SHORTEST_PIECE = 16
+SHORT_PIECES = 2  # of several prompts, at most, that run between two steps
+
+
+class Begun(NamedTuple):
+    """One call: its jobs, the rows `where` of its logits `[b, V]` they have, and what is chosen and found from those."""
+
+    jobs: list[Job]
+    where: Sequence[int]
+    logits: Any
+    found: tuple = ()
 
 
 class Batch:
@@ -52,7 +63,7 @@ class Batch:
     ) -> None:
         config = backbone.config
         self.backbone, self.size, self.length = backbone, size, length
-        room = cache_bucket(length, config.max_sequence_length)
+        self._room = room = cache_bucket(length, config.max_sequence_length)
         ring = min(cache_slots(room, config.window(kind)) for kind in config.layer_types)
         self.rows = Rows(size, kept, ring)
         self.shapes: set[tuple] = set()
@@ -94,18 +105,24 @@ class Batch:
             self.rows.give_back(job)
 
     def step(self) -> list[Chosen]:
-        """Runs a piece of one prompt, and chooses a token for every job whose prompt has run.
+        """`begin` and `finish`."""
+        return self.finish(self.begin())
 
-        Jobs that end give their rows back.
+    def begin(self) -> list[Begun]:
+        """Begins to run a piece of a prompt, or of several short ones, and to choose a token for every job whose prompt has run.
+
+        Where the backend computes by itself, this returns before it has. Jobs may be removed meanwhile, but not added.
         """
-        chosen: list[Chosen] = []
         with backend.no_gradients():
-            prompts = [job for job in self.jobs if job.waiting > 1]
             ready = [job for job in self.jobs if job.waiting == 1]
-            if prompts:
-                chosen += self._piece(prompts[0])
+            begun = [self._piece(job) for job in self._next_prompts([job for job in self.jobs if job.waiting > 1])]
             for adapter in dict.fromkeys(job.adapter for job in ready):
-                chosen += self._tokens([job for job in ready if job.adapter == adapter])
+                begun.append(self._tokens([job for job in ready if job.adapter == adapter]))
+            return [self._choosing(each) for each in begun if each.jobs]
+
+    def finish(self, begun: list[Begun]) -> list[Chosen]:
+        """The tokens of what was begun. Jobs that end give their rows back."""
+        chosen = [one for each in begun for one in self._chosen(each)]
         for one in chosen:
             if one.token_id is None or one.job.finish_reason is not None:
                 self.remove(one.job)
@@ -115,15 +132,15 @@ class Batch:
         """Compiles everything that steps may need, by running it on rows that keep nothing of it."""
         with backend.no_gradients():
             for adapter in self._runners:
-                for steps in self._piece_sizes():
-                    self._prompt_logits(adapter, 0, np.zeros((1, steps), "int32"), *np.zeros((2, 1), "int32"))
-                for count in self._step_sizes():
-                    self._step_logits(adapter, *np.zeros((4, count), "int32"))
-            for count in sorted({1, *self._step_sizes()}):
-                logits, nothing = ops.zeros((count, self.backbone.config.vocabulary_size), "float32"), np.zeros(count, "int32")
+                pieces = itertools.product((0, 1), self._piece_sizes())  # the first one of a prompt, and others
+                where = ((np.full(1, start, "int32"), np.zeros((1, steps), "int32")) for start, steps in pieces)
+                logits = [self._prompt_logits(adapter, 0, ids, start, np.zeros(1, "int32")) for start, ids in where]
+                logits += [self._step_logits(adapter, *np.zeros((4, count), "int32")) for count in self._step_sizes()]
+            for each in {each.shape[0]: each for each in logits}.values():
+                nothing = np.zeros(each.shape[0], "int32")
                 for sampler in (GREEDY, Sampler()):
-                    self._choose(logits, [sampler] * count, nothing, nothing)
-                self._top(logits)
+                    self._choose(each, [sampler] * len(nothing), nothing, nothing)
+                self._top(each)
             for row in (0, self.size)[: len(self._caches)]:
                 self._put(row, self._taken_out(row))
 
@@ -138,16 +155,21 @@ class Batch:
 
     # One step -------------------------------------------------------------------------------------------------------------
 
-    def _piece(self, job: Job) -> list[Chosen]:
+    def _next_prompts(self, jobs: list[Job]) -> list[Job]:
+        """Those of which a piece runs now: the first, and others as long as all together are no longer than one piece may be."""
+        costs = itertools.accumulate(max(min(job.waiting, PIECE), PIECE // SHORT_PIECES) for job in jobs)
+        return [job for place, (job, cost) in enumerate(zip(jobs, costs)) if not place or cost <= PIECE]
+
+    def _piece(self, job: Job) -> Begun:
         count = min(job.waiting, PIECE)
         token_ids = np.zeros((1, next(size for size in self._piece_sizes() if size >= count)), "int32")
         token_ids[0, :count] = job.token_ids[job.cached : job.cached + count]
         logits = self._prompt_logits(job.adapter, job.row, token_ids, *np.array([[job.cached], [count]], "int32"))
         job.cached += count
         self.prefilled += count
-        return [] if job.waiting else self._taken([job], logits)
+        return Begun([] if job.waiting else [job], range(1), logits)
 
-    def _tokens(self, jobs: list[Job]) -> list[Chosen]:
+    def _tokens(self, jobs: list[Job]) -> Begun:
         """The next token of jobs with one adapter."""
         count = next(size for size in self._step_sizes() if size >= len(jobs))
         where = [job.row for job in jobs] if count == self.size else range(len(jobs))
@@ -158,29 +180,35 @@ class Batch:
         for job in jobs:
             self.prefilled += job.cached < len(job.prompt)
             job.cached += 1
-        return self._taken(jobs, logits, where)
+        return Begun(jobs, where, logits)
 
-    def _taken(self, jobs: list[Job], logits: Any, where: Sequence[int] = (0,)) -> list[Chosen]:
-        """A token for each job, from the logits `[b, V]` at `where`."""
-        samplers, seeds, positions = [GREEDY] * logits.shape[0], [0] * logits.shape[0], np.zeros(logits.shape[0], "int32")
-        for i, job in zip(where, jobs):
+    def _choosing(self, begun: Begun) -> Begun:
+        """What was begun with a token chosen for each of its jobs."""
+        rows = begun.logits.shape[0]
+        samplers, seeds, positions = [GREEDY] * rows, [0] * rows, np.zeros(rows, "int32")
+        for i, job in zip(begun.where, begun.jobs):
             samplers[i], seeds[i], positions[i] = job.sampler, job.seed, len(job.token_ids)
-        tokens, logprobs = self._choose(logits, samplers, seeds, positions)
-        tops = self._top(logits) if any(job.top for job in jobs) else None
-        chosen = []
-        for i, job in zip(where, jobs):
+        found = self._choose(begun.logits, samplers, seeds, positions)
+        return begun._replace(found=(*found, *(self._top(begun.logits) if any(job.top for job in begun.jobs) else ())))
+
+    def _chosen(self, begun: Begun) -> Iterator[Chosen]:
+        """Waits for it, and gives the tokens to its jobs."""
+        tokens, logprobs, *tops = (ops.convert_to_numpy(found) for found in begun.found)
+        for i, job in zip(begun.where, begun.jobs):
             if tokens[i] < 0:
-                chosen.append(Chosen(job, None, float("nan")))
+                yield Chosen(job, None, float("nan"))
                 continue
             job.take(int(tokens[i]))
-            top = () if tops is None else tuple((int(a), float(b)) for a, b in zip(tops[0][i][: job.top], tops[1][i][: job.top]))
-            chosen.append(Chosen(job, int(tokens[i]), float(logprobs[i]), top))
-        return chosen
+            top = tuple((int(a), float(b)) for a, b in zip(tops[0][i][: job.top], tops[1][i][: job.top])) if tops else ()
+            yield Chosen(job, int(tokens[i]), float(logprobs[i]), top)
 
     def _prompt_logits(self, adapter: str | None, row: int, token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> Any:
         """Runs tokens `[1, T]` of a row, the first `counts [1]` of which are real; gives the logits `[1, V]` after the last."""
-        caches = self._taken_out(row)
-        caches, logits = self._run("piece", adapter, _run_rows, None, caches, token_ids, starts, counts)
+        if starts[0]:
+            caches = self._taken_out(row)
+            caches, logits = self._run("piece", adapter, _run_rows, None, caches, token_ids, starts, counts)
+        else:
+            caches, logits = self._run("first piece", adapter, _run_first, self._room, (), token_ids, counts)
         self._put(row, caches)
         return logits
 
@@ -202,19 +230,18 @@ class Batch:
         """In which of the caches a row is, and where."""
         return (0, row) if row < self.size else (1, row - self.size)
 
-    def _choose(self, logits: Any, samplers: list[Sampler], seeds: Any, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _choose(self, logits: Any, samplers: list[Sampler], seeds: Any, positions: np.ndarray) -> tuple[Any, Any]:
         planned = plan(samplers, logits.shape[1])
         # One program for all that draw: greedy rows take their own way in it.
         key = PlanKey(sampled=planned.key.sampled, greedy=True, penalized=False, biased=False)
         draws = uniforms([int(seed) for seed in seeds], positions) if key.sampled else np.zeros(len(samplers), "float32")
         arrays = {name: ops.convert_to_tensor(array) for name, array in planned.arrays.items()}
-        tokens, logprobs = self._run("choose", None, _choose_tokens, key, (), arrays, logits, draws)
-        return ops.convert_to_numpy(tokens), ops.convert_to_numpy(logprobs)
+        return self._run("choose", None, _choose_tokens, key, (), arrays, logits, draws)
 
-    def _top(self, logits: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _top(self, logits: Any) -> tuple[Any, Any]:
         """The likeliest tokens of each row and their log-probabilities, `[b, 20]`."""
         most = min(MOST_TOP, logits.shape[1])
-        return tuple(ops.convert_to_numpy(found) for found in self._run("top", None, _likeliest, most, (), logits))
+        return self._run("top", None, _likeliest, most, (), logits)
 
     def _run(self, name: str, adapter: str | None, function: Any, key: Any, given_up: Any, *arguments: Any) -> Any:
         sizes = tuple(tuple(argument.shape) for argument in arguments if hasattr(argument, "shape"))
@@ -226,9 +253,18 @@ class Batch:
 # What is compiled -------------------------------------------------------------------------------------------------------
 
 
+def _run_first(backbone: Any, room: int, unused: tuple, token_ids: Any, counts: Any) -> tuple[Any, Any]:
+    caches = empty_caches(backbone.config, 1, room, backbone.compute_dtype)
+    return _run(backbone, caches, token_ids, Tokens(None, ops.zeros_like(counts), counts, token_ids.shape[1], fresh=True))
+
+
 def _run_rows(backbone: Any, key: None, caches: Any, token_ids: Any, starts: Any, counts: Any, rows: Any = None) -> tuple[Any, Any]:
-    x, caches = extend(backbone, caches, token_ids, Tokens(rows, starts, counts, token_ids.shape[1]))
-    last = ops.take_along_axis(x, ops.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return _run(backbone, caches, token_ids, Tokens(rows, starts, counts, token_ids.shape[1]))
+
+
+def _run(backbone: Any, caches: Any, token_ids: Any, tokens: Tokens) -> tuple[Any, Any]:
+    x, caches = extend(backbone, caches, token_ids, tokens)
+    last = ops.take_along_axis(x, ops.maximum(tokens.counts - 1, 0)[:, None, None], axis=1)[:, 0]
     return caches, backbone.token_embedding(backbone.layer_norm(last), reverse=True)
 
 

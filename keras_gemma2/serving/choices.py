@@ -10,6 +10,7 @@ from typing import Any
 from keras_gemma2.generation.text_stream import TextStream
 from keras_gemma2.serving.engine import Ended, Engine
 from keras_gemma2.serving.jobs import Chosen, Job
+from keras_gemma2.serving.mailbox import Mailbox
 
 
 class EngineError(RuntimeError):
@@ -60,7 +61,7 @@ class Choices:
         self._held: list[list[Chosen]] = [[] for _ in jobs]
         self._open = set(range(len(self.jobs)))
         self._events: asyncio.Queue[tuple[int, Chosen | Ended]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = Mailbox.of(asyncio.get_running_loop())
         self._time_limit = time_limit
 
     def submit(self) -> None:
@@ -121,6 +122,5 @@ class Choices:
         return Piece(index, text, tuple(held), finish_reason)
 
     def _put(self, index: int, event: Chosen | Ended) -> None:
-        """In the engine's thread. The loop may have ended while a job ran."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+        """In the engine's thread."""
+        self._mailbox.post(self._events, (index, event))

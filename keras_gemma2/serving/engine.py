@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from keras_gemma2 import backend
 from keras_gemma2.serving.batch import Batch
 from keras_gemma2.serving.jobs import Chosen, Job
 
@@ -78,6 +79,7 @@ class Engine:
         self._waiting: collections.deque[_Ticket] = collections.deque()
         self._running: dict[Job, _Ticket] = {}
         self._cancelled: set[Job] = set()
+        self._news: list[tuple[_Ticket, Chosen | Ended]] = []  # that nobody has been told yet
         self._closing = False
         self.observe: Observer | None = None
         self._earlier = (0, 0)  # prompt tokens of batches that failed
@@ -167,6 +169,8 @@ class Engine:
 
     def _run(self) -> None:
         while True:
+            if not self._running:
+                self._tell_all()
             with self._changed:
                 while not (self._waiting or self._running or self._closing):
                     self._changed.wait()
@@ -174,6 +178,8 @@ class Engine:
                     return
                 ended = self._take_out()
                 failed = self._take_in()
+            if ended or failed:
+                self._tell_all()
             for ticket, end in ended + failed:
                 self._tell(ticket, end)
             if self._running:
@@ -208,24 +214,35 @@ class Engine:
 
     def _step(self) -> None:
         try:
-            chosen = self.batch.step()
+            begun = self.batch.begin()
+            if backend.is_asynchronous():
+                self._tell_all()  # of the step before, while this one is computed
+            chosen = self.batch.finish(begun)
         except Exception as error:
             _LOG.exception("A step failed; the jobs that ran are given up.")
             with self._changed:
                 failed = self._give_up(error)
+            self._tell_all()
             for ticket, end in failed:
                 self._tell(ticket, end)
             return
         for one in chosen:
-            ticket = self._running[one.job]
-            self._tell(ticket, one)
+            self._news.append((self._running[one.job], one))
             if one.token_id is None or one.job.finish_reason is not None:
                 with self._changed:
-                    del self._running[one.job]
+                    ticket = self._running.pop(one.job)
                 reason, message = one.job.finish_reason, ""
                 if reason is None:
                     reason, message = "error", "The model's logits are not numbers (NaN or infinite)."
-                self._tell(ticket, Ended(one.job, reason, message))
+                self._news.append((ticket, Ended(one.job, reason, message)))
+        if not backend.is_asynchronous():
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        """Tells what the last step has brought."""
+        news, self._news = self._news, []
+        for ticket, what in news:
+            self._tell(ticket, what)
 
     def _give_up(self, error: Exception) -> list[tuple[_Ticket, Ended]]:
         """Ends all that runs, and makes a new batch: the caches of this one may be half-written."""
