@@ -242,4 +242,5 @@ function setUp() {
 setUp();
 if (state.conversations.length) open(state.conversations[0].id);
 else start();
+at("input").focus();
 listModels();
