@@ -122,10 +122,10 @@ class LayerCache:
         return ops.while_loop(lambda i, state: i < blocks, add, (zero, state))[1]
 
     def _add_block(self, softmax: RunningSoftmax, state: Any, last: Any, first: Any, size: Any) -> Any:
-        # The last block is moved to the left where it would pass the end; slots before `first` were in the block before.
-        start = 0 if size is self.slots else ops.minimum(first, self.slots - size)
         if size is self.slots:
-            size = size + 1  # with the one that is never seen: a cache without it would be a copy
+            start, size = 0, size + 1  # with the one that is never seen: a cache without it would be a copy
+        else:  # the last block is moved to the left where it would pass the end; slots before `first` were in the block before
+            start = ops.minimum(first, self.slots - size)
         slots = start + ops.arange(size, dtype="int32")[None, :]
         positions = last[:, None] - (last[:, None] - slots) % self.slots  # operators, which PyTorch's symbolic sizes pass
         real = ops.logical_and(positions >= 0, ops.logical_and(slots >= first, slots < self.slots))

@@ -1,5 +1,6 @@
 """The engine's thread: its queue, cancelling, time limits, failures and its end."""
 
+import asyncio
 import threading
 import time
 
@@ -10,6 +11,7 @@ from test_batch import SAMPLED, alone, make
 from keras_gemma2.serving.batch import Batch
 from keras_gemma2.serving.engine import ClosedError, Ended, Engine, QueueFullError
 from keras_gemma2.serving.jobs import Job
+from keras_gemma2.serving.mailbox import Mailbox
 
 once = pytest.mark.backend_free  # threads and queues; that a model runs in a thread, too, each backend shows in the first test
 PATIENCE = 120  # seconds that a test waits for a thread at most
@@ -215,3 +217,24 @@ def test_closing_in_a_hurry(lm):
     assert started.wait(PATIENCE)
     assert engine.close(time_limit=0) is False
     assert runs.end().reason == "cancelled"
+
+
+@once
+def test_a_mailbox():
+    """What threads post comes to each queue in their order, and a loop that has ended is left alone."""
+    count, kept = 500, []
+
+    async def received():
+        mailbox, queues = Mailbox.of(asyncio.get_running_loop()), [asyncio.Queue() for _ in range(3)]
+        kept.append(mailbox)
+        assert Mailbox.of(asyncio.get_running_loop()) is mailbox
+        threads = [threading.Thread(target=lambda q=queue: [mailbox.post(q, i) for i in range(count)]) for queue in queues]
+        for thread in threads:
+            thread.start()
+        found = [[await asyncio.wait_for(queue.get(), 60) for _ in range(count)] for queue in queues]
+        for thread in threads:
+            thread.join()
+        return found
+
+    assert asyncio.run(received()) == [list(range(count))] * 3
+    kept[0].post(asyncio.Queue(), "too late")
