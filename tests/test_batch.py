@@ -47,19 +47,46 @@ def run(batch, arrivals):
     return chosen
 
 
+def compilations():
+    """A list to which every compilation from now on is added; on JAX, which says so. Others are known by their sizes only."""
+    found = []
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def listen(event, seconds, **of):
+            if event == "/jax/core/compile/backend_compile_duration":
+                found.append(of)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+    return found
+
+
+def test_first_pieces_are_little_longer_than_their_prompts(lm):
+    batch = Batch(lm.backbone, 1, 300)
+    sizes = list(batch._piece_sizes(True))
+    assert sizes == [16, 32, 48, 64, 96, 128, 192, PIECE] and list(batch._piece_sizes(False)) == [16, 32, 64, 128, PIECE]
+    for length, size in ((16, 16), (33, 48), (48, 48), (49, 64), (180, 192), (193, PIECE)):
+        batch.shapes.clear()
+        job = make(length, 1)
+        run(batch, [(0, job)])
+        assert [sizes[0] for name, _, _, sizes in batch.shapes if name == "first piece"] == [(1, size)], length
+        assert job.token_ids == alone(lm, job, 1)
+        batch.rows.forget()
+
+
 def test_jobs_come_and_go(lm):
     """Greedy and drawn, short and of several pieces, three at a time of nine; nothing is compiled after the warm-up."""
     batch = Batch(lm.backbone, 3, 1400)
     batch.warm_up()
-    known = set(batch.shapes)
+    known, compiled = set(batch.shapes), compilations()
     lengths = [(1, 12), (PIECE + 90, 7), (5, 20), (17, 1), (2 * PIECE, 5), (40, 15), (3, 9), (PIECE + 1, 3), (130, 4)]
     jobs = [make(n, new, seed=i, sampler=SAMPLED if i % 2 else Sampler(temperature=0)) for i, (n, new) in enumerate(lengths)]
     chosen = run(batch, [(2 * i, job) for i, job in enumerate(jobs)])
+    assert batch.shapes == known and not compiled
     for job, (length, new) in zip(jobs, lengths):
         assert job.token_ids == alone(lm, job, new), length
         assert [one.token_id for one in chosen if one.job is job] == job.token_ids[length:]
         assert job.finish_reason == "length" and job.row is None
-    assert batch.shapes == known
     assert batch.prefilled == sum(length for length, _ in lengths) and batch.reused == 0
 
 

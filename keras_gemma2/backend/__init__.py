@@ -22,6 +22,7 @@ FUNCTIONS = (
     "write_slots",
     "read_slots",
     "write_row",
+    "attention_scores",
     "step_block",
     "is_asynchronous",
     "cache_dtype",
@@ -63,6 +64,7 @@ numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
 read_slots = _module.read_slots
 write_row = _module.write_row
+attention_scores = _module.attention_scores
 step_block = _module.step_block
 is_asynchronous = _module.is_asynchronous
 cache_dtype = _module.cache_dtype

@@ -173,6 +173,11 @@ def write_row(cache: tf.Tensor, values: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_update(cache, tf.reshape(row, (1, 1)), values)
 
 
+def attention_scores(queries: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
+    """The products of queries `[b, K, G, T, H]` and keys `[b, K, S, H]`: `[b, K, G, T, S]`."""
+    return keras.ops.einsum("bkgth,bksh->bkgts", queries, keys)
+
+
 def step_block() -> int:
     """Slots of a cache that a step of one token reads at a time.
 

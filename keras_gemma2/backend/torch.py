@@ -155,6 +155,11 @@ def write_row(cache: torch.Tensor, values: torch.Tensor, row: torch.Tensor) -> t
     return cache.index_copy_(0, row.reshape(1).long(), values)
 
 
+def attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The products of queries `[b, K, G, T, H]` and keys `[b, K, S, H]`: `[b, K, G, T, S]`."""
+    return keras.ops.einsum("bkgth,bksh->bkgts", queries, keys)
+
+
 def step_block() -> int:
     """Slots of a cache that a step of one token reads at a time: many, for each number of blocks is another tape."""
     return 1024

@@ -57,7 +57,7 @@ class RunningSoftmax:
 
     def _scores(self, keys: Any, mask: Any) -> Any:
         # float32 from here to the sums: the cap's tanh and the softmax lose too much in half precision.
-        scores = ops.cast(saturate(ops.einsum("bkgth,bksh->bkgts", self.queries, ops.cast(keys, self.dtype))), "float32")
+        scores = ops.cast(saturate(backend.attention_scores(self.queries, ops.cast(keys, self.dtype))), "float32")
         return ops.where(mask[:, None, None, :, :], soft_cap(scores, self.cap), MASKED_SCORE)
 
     def _read(self, weights: Any, values: Any) -> Any:

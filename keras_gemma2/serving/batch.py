@@ -1,7 +1,7 @@
 """Jobs that come and go between steps, over one set of caches: continuous batching.
 
 Every call of compiled code runs some tokens of some rows: a piece of one prompt, or the last token of several rows. Its sizes are
-powers of two, so that there are few of them, and all are known: `Batch.warm_up` compiles them. A piece runs in a cache of one row,
+few, and all are known: `Batch.warm_up` compiles them. A piece runs in a cache of one row,
 taken out and put back: XLA copies caches that a program reads before it writes to them, and of all rows that takes longer than the
 piece. Where most rows have a token to run, all rows run, for none has to be taken out then.
 
@@ -132,7 +132,7 @@ class Batch:
         """Compiles everything that steps may need, by running it on rows that keep nothing of it."""
         with backend.no_gradients():
             for adapter in self._runners:
-                pieces = itertools.product((0, 1), self._piece_sizes())  # the first one of a prompt, and others
+                pieces = ((start, steps) for start in (0, 1) for steps in self._piece_sizes(start == 0))
                 where = ((np.full(1, start, "int32"), np.zeros((1, steps), "int32")) for start, steps in pieces)
                 logits = [self._prompt_logits(adapter, 0, ids, start, np.zeros(1, "int32")) for start, ids in where]
                 logits += [self._step_logits(adapter, *np.zeros((4, count), "int32")) for count in self._step_sizes()]
@@ -144,9 +144,12 @@ class Batch:
             for row in (0, self.size)[: len(self._caches)]:
                 self._put(row, self._taken_out(row))
 
-    def _piece_sizes(self) -> Iterator[int]:
-        """Tokens of a prompt that may run at once."""
-        yield from (1 << power for power in range(SHORTEST_PIECE.bit_length() - 1, PIECE.bit_length()))
+    def _piece_sizes(self, first: bool) -> Iterator[int]:
+        """Tokens of a prompt that may run at once; for its first piece, which most prompts have no more than, in finer steps."""
+        for size in (1 << power for power in range(SHORTEST_PIECE.bit_length() - 1, PIECE.bit_length())):
+            if first and size > 2 * SHORTEST_PIECE:
+                yield size * 3 // 4
+            yield size
 
     def _step_sizes(self) -> Iterator[int]:
         """Rows of which a token each may run at once."""
@@ -162,7 +165,7 @@ class Batch:
 
     def _piece(self, job: Job) -> Begun:
         count = min(job.waiting, PIECE)
-        token_ids = np.zeros((1, next(size for size in self._piece_sizes() if size >= count)), "int32")
+        token_ids = np.zeros((1, next(size for size in self._piece_sizes(not job.cached) if size >= count)), "int32")
         token_ids[0, :count] = job.token_ids[job.cached : job.cached + count]
         logits = self._prompt_logits(job.adapter, job.row, token_ids, *np.array([[job.cached], [count]], "int32"))
         job.cached += count
