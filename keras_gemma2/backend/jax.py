@@ -154,7 +154,7 @@ def write_row(cache: jax.Array, values: jax.Array, row: jax.Array) -> jax.Array:
 
 def attention_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """The products of queries `[b, K, G, T, H]` and keys `[b, K, S, H]`: `[b, K, G, T, S]`."""
-    if queries.shape[3] > 1 or on_accelerator():
+    if queries.shape[3] != 1 or on_accelerator():
         return jnp.einsum("bkgth,bksh->bkgts", queries, keys)
     # With the keys on the left: on CPUs half the time where there are many rows.
     return jnp.moveaxis(jnp.einsum("bksh,bkgth->bksgt", keys, queries), 2, -1)
