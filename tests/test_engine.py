@@ -164,7 +164,7 @@ def test_no_other_batch(lm):
     engine.submit(make(5, 3), waits)
     engine.start()
     assert runs.end().message == "ZeroDivisionError: division by zero"
-    assert waits.end().message == "MemoryError: no room for caches"
+    assert waits.end().message == "MemoryError: no room for caches" and engine.has_failed
     with pytest.raises(ClosedError):
         engine.submit(make(5, 5), Listener())
 
@@ -206,6 +206,46 @@ def test_closing(lm):
     assert closing[1] is True and not engine.is_ready
     with pytest.raises(ClosedError):
         engine.submit(make(5, 5), Listener())
+
+
+@once
+def test_closing_lets_whole_groups_end(lm):
+    """Of jobs that belong together, those that wait run, too, where one ran; those of another group do not."""
+    engine, closing = Engine(lambda: Batch(lm.backbone, 1, 256)), []
+
+    def close():
+        closing.append(threading.Thread(target=engine.close))
+        closing[0].start()
+
+    runs, waits, other = Listener(3, close), Listener(), Listener()
+    for listener, group in ((runs, "a"), (waits, "a"), (other, "b")):
+        engine.submit(make(5, 60), listener, group=group)
+    engine.start()
+    assert [each.end().reason for each in (runs, waits, other)] == ["length", "length", "cancelled"]
+    closing[0].join(PATIENCE)
+    assert not closing[0].is_alive()
+
+
+@once
+def test_nobody_waits_for_another_batch(lm):
+    """While it is made, which may take long, jobs can be submitted and cancelled, and those that failed know of it."""
+    made, seen, runs, waits = [], [], Listener(), Listener()
+
+    def make_batch():
+        if made:
+            outside = threading.Thread(target=lambda: (engine.submit(job, waits), seen.append(engine.waiting)))
+            outside.start()
+            outside.join(PATIENCE)
+            seen.append(runs.ended.is_set())
+        made.append(Batch(lm.backbone, 1, 256))
+        return made[-1]
+
+    engine, job = Engine(make_batch), make(5, 3)
+    made[0].begin = lambda: 1 / 0
+    engine.submit(make(5, 3), runs)
+    engine.start()
+    assert waits.end().reason == "length" and seen == [1, True] and not engine.has_failed
+    engine.close()
 
 
 @once

@@ -113,6 +113,13 @@ def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
     monkeypatch.setattr(saved_model, "write_elsewhere", fake_write)
     lm.export(folder, overwrite=True)
     assert (folder / "mine.txt").read_text() == "kept" and (folder / "saved_model.pb").read_text() == "new"
+    # Files of the same names that no export wrote.
+    site = tmp_path / "site"
+    (site / "assets").mkdir(parents=True)
+    for name in ("assets/logo.png", "export.json", "model.onnx"):
+        (site / name).write_text("mine")
+    lm.export(site, overwrite=True)
+    assert [(site / name).read_text() for name in ("assets/logo.png", "export.json", "model.onnx")] == ["mine"] * 3
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(keras_gemma2.CheckpointError, match="is a file"):
@@ -174,3 +181,8 @@ def test_a_failing_process_says_why(tmp_path, lm, monkeypatch):
     with pytest.raises(RuntimeError, match="(?s)ended with code 1.*a broken TensorFlow"):
         lm.export(tmp_path / "served")
     assert [path.name for path in tmp_path.iterdir()] == ["tensorflow.py"]
+
+
+def test_no_more_tokens_than_the_context(lm):
+    settings = saved_model.read_settings(lm, 3_000_000_000, "greedy", False, "auto", None)
+    assert settings.max_new_tokens == lm.backbone.config.max_sequence_length

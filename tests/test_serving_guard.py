@@ -1,5 +1,6 @@
 """What a server keeps out, over real connections, and the command that starts and ends one."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -210,3 +211,24 @@ def test_wrong_options(arguments, words):
     command = [sys.executable, "-m", "keras_gemma2", "serve", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and words in done.stderr
+
+
+def test_a_client_that_reads_nothing():
+    """Its application is told as if it had gone."""
+    seen = []
+
+    async def app(scope, receive, send):
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        except OSError as error:
+            seen.append(str(error))
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(app, Limits(send_seconds=0.05))(scope, receive, send))
+    assert seen == ["The client accepted nothing for 0.05 seconds."]

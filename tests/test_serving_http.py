@@ -16,8 +16,13 @@ import openai
 import pytest
 from http_server import PATIENCE, running
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from keras_gemma2 import Gemma2CausalLM, Sampler
+from keras_gemma2.serving.bodies import Bodies, token_text
+from keras_gemma2.serving.choices import Piece
+from keras_gemma2.serving.jobs import Chosen
+from keras_gemma2.serving.schema import CompletionRequest
 
 pytestmark = pytest.mark.backend_free  # the engine's tests run a model in a thread on each backend
 PROMPT = "The state of our union is"
@@ -99,6 +104,12 @@ def test_a_conversation_goes_on(lm, client):
         assert turn == 0 or used.prompt_tokens_details.cached_tokens > before - 3
         before = used.prompt_tokens
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And then?"}]
+    # An answer can be sent back as it came.
+    again = client.chat.completions.create(
+        model="mini", messages=[*MESSAGES, found.choices[0].message, messages[-1]], max_tokens=20, temperature=0
+    )
+    expected = [*MESSAGES, {"role": "assistant", "content": answer}, messages[-1]]
+    assert again.choices[0].message.content == lm.chat(expected, sampler="greedy", max_new_tokens=20)
 
 
 def test_forged_markers_are_text(lm, client):
@@ -263,6 +274,13 @@ def test_metrics(lm):
         assert found["time_to_first_token_seconds_count",] == 2 and found["time_between_tokens_seconds_count",] == 12
         assert 0 < found["time_between_tokens_seconds_sum",] < PATIENCE
         assert found["running",] == found["waiting",] == 0 and found["compiled_shapes",] == len(engine.batch.shapes)
+        # A stop string ends an answer as a stop token does.
+        stopped = post(address, "/v1/completions", body | {"max_tokens": 50, "stop": " "})
+        assert stopped[0] == 200 and stopped[2]["choices"][0]["finish_reason"] == "stop"
+        started = time.monotonic()
+        while not (found := counts(address)).get(("answers_total", "stop")) and time.monotonic() < started + PATIENCE:
+            time.sleep(0.01)
+        assert found["answers_total", "stop"] == 1 and ("answers_total", "cancelled") not in found
 
 
 def test_the_openapi_document_holds(server, tmp_path):
@@ -289,8 +307,17 @@ def test_a_full_queue(lm):
         refused = next(answer for answer in answers if answer[0] == 429)
         assert int({key.lower(): value for key, value in refused[1].items()}["retry-after"]) > 0
         assert refused[2]["error"]["code"] == "rate_limit_exceeded"
-        # All or nothing: of eight choices none is left in the queue.
-        assert post(address, "/v1/completions", body | {"n": 8})[0] == 429
+        # All or nothing: of four more choices none is left in the queue.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            first = pool.submit(post, address, "/v1/completions", body | {"n": 4})
+            started = time.monotonic()
+            while engine.waiting < 3 and time.monotonic() < started + PATIENCE:
+                time.sleep(0.001)
+            assert post(address, "/v1/completions", body | {"n": 4})[0] == 429
+            assert first.result()[0] == 200
+        # More than the queue ever takes: to come again would not help.
+        status, _, answer = post(address, "/v1/completions", body | {"n": 5})
+        assert status == 400 and answer["error"]["param"] == "n" and "takes 4" in answer["error"]["message"]
         assert post(address, "/v1/completions", body | {"max_tokens": 3})[0] == 200 and engine.waiting == 0
 
 
@@ -323,3 +350,47 @@ def test_an_engine_that_is_closing(lm):
         engine.close()
         status, _, answer = post(address, "/v1/completions", {"prompt": PROMPT})
         assert status == 503 and "about to end" in answer["error"]["message"]
+
+
+def test_bytes_of_pieces_that_are_no_characters(lm):
+    """A character that the vocabulary lacks is spelled in bytes, from which a client puts it together."""
+    tokenizer = lm.preprocessor.tokenizer
+    ids = [int(token_id) for token_id in tokenizer("a\U0001f40b")]
+    pairs = [token_text(tokenizer, token_id) for token_id in ids]
+    assert b"".join(raw for _, raw in pairs).decode() == "a\U0001f40b"
+    assert [text for text, _ in pairs[-4:]] == ["\\xf0", "\\x9f", "\\x90", "\\x8b"]
+    assert token_text(tokenizer, tokenizer.token_to_id("<0x41>")) == ("A", b"A")
+    chosen = (Chosen(None, ids[-1], -1.0, ((ids[-1], -1.0), (ids[-2], -2.0))),)
+    bodies = Bodies(False, "mini", 2, lambda token_id: token_text(tokenizer, token_id))
+    logprobs = bodies.chunk(Piece(0, "", chosen))["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\x8b"] and set(logprobs["top_logprobs"][0]) == {"bytes:\\x8b", "bytes:\\x90"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [-1] * 100_000},
+        {"prompt": ["x", *[1] * 100_000]},
+        {"prompt": "x", "stop": [1] * 100_000},
+        {"prompt": "x", "logit_bias": {str(i): "x" for i in range(100_000)}},
+        {"prompt": "x", **{f"field{i}": 1 for i in range(100_000)}},
+    ],
+)
+def test_one_error_is_enough(body):
+    """A body that is wrong in many places does not make an error of each."""
+    with pytest.raises(ValidationError) as raised:
+        CompletionRequest.model_validate(body)
+    assert raised.value.error_count() <= 5  # one of each type that a prompt may have
+
+
+def test_what_nobody_has_foreseen(lm, monkeypatch):
+    with running(lm) as (address, engine):
+        monkeypatch.setattr(engine, "submit", lambda *arguments: 1 / 0)
+        status, _, answer = post(address, "/v1/completions", {"prompt": PROMPT})
+        assert status == 500 and answer["error"]["type"] == "server_error"
+        assert post(address, "/v1/completions", {})[0] == 400
+        engine.has_failed = True
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 503  # so that whoever watches starts it again
+        connection.close()

@@ -185,6 +185,28 @@ def test_reload_keeps(page):
 
 
 @needs_browser
+def test_left_before_the_answer(page):
+    """What has no text is no answer: neither kept nor sent, and the conversation goes on."""
+    page.route("**/v1/chat/completions", lambda route: None)  # never answered
+    send(page, "Anybody there?")
+    page.wait_for_selector("#stop:visible")
+    page.reload()
+    assert page.locator(".message .text").all_inner_texts() == ["Anybody there?"]
+    page.unroute("**/v1/chat/completions")
+    bodies = []
+    page.on("request", lambda request: bodies.append(request.post_data) if request.method == "POST" else None)
+    faked(page, delta(" \n"))
+    send(page, "Hello?")
+    answered(page, 0)
+    assert page.locator(".message .text").all_inner_texts() == ["Anybody there?", "Hello?"]
+    faked(page, delta("yes"))
+    send(page, "Well?")
+    answered(page)
+    assert json.loads(bodies[-1])["messages"] == [{"role": "user", "content": "Anybody there?\n\nHello?\n\nWell?"}]
+    assert page.locator(".message .text").all_inner_texts()[-1] == "yes"
+
+
+@needs_browser
 def test_html_is_text(page):
     """In answers, questions, titles, and errors."""
     faked(page, delta(HTML))

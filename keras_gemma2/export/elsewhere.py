@@ -44,7 +44,7 @@ def write_elsewhere(lm: Any, folder: str, backend: str, format: str, settings: d
             json.dump({"format": format, "settings": settings}, file)
         # On the CPU, whatever the devices are: those may be this process's.
         hidden = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-        command = [sys.executable, "-c", _RUN, json.dumps(sys.path), place, folder]
+        command = [sys.executable, "-c", _RUN, json.dumps([os.fspath(place) for place in sys.path]), place, folder]
         environment = {**os.environ, "KERAS_BACKEND": backend, **hidden}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == -signal.SIGKILL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 from typing import Any, NamedTuple
 
@@ -118,9 +119,19 @@ def check_folder(target: str, overwrite: bool) -> None:
         )
 
 
+def _describes_an_export(path: str) -> bool:
+    """Whether a file is the description of one of these exports; another file of that name is somebody else's."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):  # not there, or not JSON
+        return False
+    return isinstance(found, dict) and found.get("format") in FORMATS
+
+
 def owned_files(target: str, files: tuple[str, ...]) -> tuple[str, ...]:
     """Patterns of the files of a folder that an export replaces: its own, and those of an export of whatever format before it."""
-    if os.path.isfile(os.path.join(target, DESCRIPTION)):
+    if _describes_an_export(os.path.join(target, DESCRIPTION)):
         files += (*(name for format in FORMATS.values() for name in format.files), DESCRIPTION, VOCABULARY)
     if os.path.isfile(os.path.join(target, SAVED_MODEL)):
         files += SAVED_MODEL_FILES

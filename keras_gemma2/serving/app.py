@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from keras_gemma2.chat import ChatFormat, read_messages
 from keras_gemma2.generation.sampler import Sampler
-from keras_gemma2.serving.bodies import Bodies, error_body, usage
+from keras_gemma2.serving.bodies import Bodies, error_body, token_text, usage
 from keras_gemma2.serving.choices import Choices, EngineError, Piece, TimeLimitError
 from keras_gemma2.serving.engine import ClosedError, Engine, QueueFullError
 from keras_gemma2.serving.jobs import Job
@@ -88,9 +88,10 @@ def make_app(served: Served) -> FastAPI:
     }
     answers = {200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "As OpenAI's."}, **failures}
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get("/health", responses={503: {"description": "It has failed and must be started again."}})
+    async def health() -> JSONResponse:
+        has_failed = served.engine.has_failed
+        return JSONResponse({"status": "failed" if has_failed else "ok"}, 503 if has_failed else 200)
 
     @app.get("/ready", responses={503: {"description": "Not yet, or no more."}})
     async def ready() -> JSONResponse:
@@ -139,13 +140,16 @@ def make_app(served: Served) -> FastAPI:
 async def _answer(served: Served, body: Any, prompts: Sequence[list[int]], request: Request, chat: bool) -> Any:
     tokenizer = served.preprocessor.tokenizer
     jobs = [job for index, prompt in enumerate(prompts) for job in _jobs(served, body, prompt, index)]
+    if len(jobs) > served.engine.queue_size:
+        message = f"{len(jobs)} answers are asked for at once, but the queue of this server takes {served.engine.queue_size}."
+        raise RefusedError(400, f"{message} Ask for fewer at a time.", "n" if body.choices > 1 else "prompt")
     choices = Choices(served.engine, tokenizer, jobs, body.stops, served.time_limit)
     try:
         choices.submit()
     except ValueError as error:
         raise RefusedError(400, str(error), "prompt") from error
     model = served.name if body.model is None else body.model
-    bodies = Bodies(chat, model, body.top, lambda token_id: tokenizer.detokenize([token_id]))
+    bodies = Bodies(chat, model, body.top, lambda token_id: token_text(tokenizer, token_id))
     count = sum(map(len, prompts))
 
     def counted() -> dict[str, Any]:
@@ -221,7 +225,7 @@ async def _events(choices: Choices, bodies: Bodies, chat: bool, counted: Any) ->
                 yield _event(bodies.chunk(piece))
         if counted is not None:
             yield _event(bodies.usage_chunk(counted()))
-    except (EngineError, TimeLimitError) as error:
+    except (ClosedError, EngineError, TimeLimitError) as error:
         yield _event(error_body(str(error), "server_error"))
     yield "data: [DONE]\n\n"
 
@@ -273,3 +277,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(EngineError)
     async def failed(request: Request, error: EngineError) -> JSONResponse:
         return answer(500, str(error))
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return answer(500, "The server is at fault; its log says more.")  # Starlette raises it again, for the log

@@ -104,6 +104,10 @@ class Batch:
         if job.row is not None:
             self.rows.give_back(job)
 
+    def release(self) -> None:
+        """Gives the caches' memory up; nothing can be run after."""
+        self._caches.clear()
+
     def step(self) -> list[Chosen]:
         """`begin` and `finish`."""
         return self.finish(self.begin())

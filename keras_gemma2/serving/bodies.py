@@ -21,10 +21,10 @@ class Bodies:
         chat: whether it is one of a chat.
         model: the name that it is told.
         top: how many of the likeliest tokens to tell of; None for no log-probabilities.
-        text_of: the text of a token id by itself.
+        text_of: the text of a token id by itself, and its bytes.
     """
 
-    def __init__(self, chat: bool, model: str, top: int | None, text_of: Callable[[int], str]) -> None:
+    def __init__(self, chat: bool, model: str, top: int | None, text_of: Callable[[int], tuple[str, bytes]]) -> None:
         self._chat, self._top, self._text_of = chat, top, text_of
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._model, self._created = model, int(time.time())
@@ -71,12 +71,12 @@ class Bodies:
                 for one in chosen
             ]
             return {"content": tokens, "refusal": None}
-        texts = [self._text_of(one.token_id) for one in chosen]
+        texts = [self._legacy(one.token_id) for one in chosen]
         offsets = []
         for text in texts:
             offsets.append(self._offsets.get(index, 0))
             self._offsets[index] = offsets[-1] + len(text)
-        top = [{self._text_of(token_id): logprob for token_id, logprob in one.top} for one in chosen]
+        top = [{self._legacy(token_id): logprob for token_id, logprob in one.top} for one in chosen]
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in chosen],
@@ -85,8 +85,22 @@ class Bodies:
         }
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._text_of(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
+        text, raw = self._text_of(token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+    def _legacy(self, token_id: int) -> str:
+        text, _ = self._text_of(token_id)
+        return f"bytes:{text}" if text.startswith("\\x") else text
+
+
+def token_text(tokenizer: Any, token_id: int) -> tuple[str, bytes]:
+    """A token's text and bytes. Of a piece that is one byte of a character the text is written `\\xNN`, as OpenAI has it."""
+    piece = tokenizer.id_to_token(token_id)
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        raw = bytes([int(piece[3:5], 16)])
+        return (raw.decode() if raw.isascii() else f"\\x{raw[0]:02x}"), raw
+    text = tokenizer.detokenize([token_id])
+    return text, text.encode("utf-8")
 
 
 def usage(prompt_tokens: int, reused: int, completion_tokens: int) -> dict[str, Any]:

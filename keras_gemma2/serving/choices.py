@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from keras_gemma2.generation.text_stream import TextStream
-from keras_gemma2.serving.engine import Ended, Engine
+from keras_gemma2.serving.engine import ClosedError, Ended, Engine
 from keras_gemma2.serving.jobs import Chosen, Job
 from keras_gemma2.serving.mailbox import Mailbox
 
@@ -72,7 +72,7 @@ class Choices:
         """
         try:
             for index, job in enumerate(self.jobs):
-                self.engine.submit(job, lambda event, index=index: self._put(index, event), self._time_limit)
+                self.engine.submit(job, lambda event, index=index: self._put(index, event), self._time_limit, self)
         except Exception:
             self.cancel()
             raise
@@ -87,6 +87,7 @@ class Choices:
 
         Raises:
             EngineError: if a job fails.
+            ClosedError: if the engine ends before a job.
             TimeLimitError: if the time is over.
         """
         try:
@@ -104,7 +105,9 @@ class Choices:
                 return self._piece(index, self._texts[index].finish(), event.reason)
             if event.reason == "timeout":
                 raise TimeLimitError("The request took longer than this server allows. Ask for fewer tokens, or try again later.")
-            raise EngineError(event.message or "The server is about to end; the request was not completed.")
+            if event.reason == "cancelled":
+                raise ClosedError("The server is about to end; the request was not completed.")
+            raise EngineError(event.message)
         if event.token_id is None:
             return None
         self.tokens += 1
@@ -113,7 +116,7 @@ class Choices:
         text = "" if ends else self._texts[index].push([event.token_id])
         if self._texts[index].stopped:
             self._open.discard(index)
-            self.engine.cancel(event.job)
+            self.engine.cancel(event.job, "stop")
             return self._piece(index, text, "stop")
         return self._piece(index, text) if text else None
 

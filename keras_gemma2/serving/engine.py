@@ -51,6 +51,7 @@ class _Ticket:
     listener: Listener
     deadline: float | None
     since: float
+    group: object = None
     is_new: bool = True
 
 
@@ -64,6 +65,7 @@ class Engine:
 
     Attributes:
         observe: called in the engine's thread with whatever a listener is told; None for nobody.
+        has_failed: whether it has ended by itself, as no batch could be made after a step that failed.
 
     Example:
         >>> engine = Engine(lambda: Batch(lm.backbone, 8, 2048))
@@ -78,9 +80,10 @@ class Engine:
         self.batch, self.queue_size, self._make_batch, self._clock = make_batch(), queue_size, make_batch, clock
         self._waiting: collections.deque[_Ticket] = collections.deque()
         self._running: dict[Job, _Ticket] = {}
-        self._cancelled: set[Job] = set()
+        self._cancelled: dict[Job, str] = {}  # and why
         self._news: list[tuple[_Ticket, Chosen | Ended]] = []  # that nobody has been told yet
         self._closing = False
+        self.has_failed = False
         self.observe: Observer | None = None
         self._earlier = (0, 0)  # prompt tokens of batches that failed
         self._changed = threading.Condition()
@@ -111,13 +114,14 @@ class Engine:
         """Begins to run jobs."""
         self._thread.start()
 
-    def submit(self, job: Job, listener: Listener, time_limit: float | None = None) -> None:
+    def submit(self, job: Job, listener: Listener, time_limit: float | None = None, group: object = None) -> None:
         """Puts a job into the queue.
 
         Args:
             job: a new one.
             listener: called in the engine's thread with each token, then once with the end. It must return soon.
             time_limit: seconds from now after which the job ends, whether it runs or waits; None for none.
+            group: of jobs that belong together: where one runs, `close` lets all end. None for none.
 
         Raises:
             ValueError: for a job that the batch cannot run.
@@ -132,18 +136,23 @@ class Engine:
                 raise ClosedError("The engine takes no more jobs: it is about to end.")
             if self.waiting >= self.queue_size:
                 raise QueueFullError(f"{self.waiting} jobs wait already, as many as may. Try again in a while.")
-            self._waiting.append(_Ticket(job, listener, deadline, now))
+            self._waiting.append(_Ticket(job, listener, deadline, now, group))
             self._changed.notify()
 
-    def cancel(self, job: Job) -> None:
-        """Ends a job before its next token but one; nothing happens if it has ended."""
+    def cancel(self, job: Job, reason: str = "cancelled") -> None:
+        """Ends a job before its next token but one; nothing happens if it has ended.
+
+        Args:
+            job: which.
+            reason: why, as `Ended` will say.
+        """
         with self._changed:
             if job in self._running or any(ticket.job is job for ticket in self._waiting):
-                self._cancelled.add(job)
+                self._cancelled.setdefault(job, reason)
                 self._changed.notify()
 
     def close(self, time_limit: float | None = None) -> bool:
-        """Lets the jobs that run end, and cancels those that wait and all new ones.
+        """Lets the jobs that run end, and those of their groups; cancels the others that wait, and takes no new ones.
 
         Args:
             time_limit: seconds after which those that run are cancelled, too; None for as long as they take.
@@ -153,14 +162,18 @@ class Engine:
         """
         with self._changed:
             self._closing = True
-            self._cancelled.update(ticket.job for ticket in self._waiting)
+            groups = {ticket.group for ticket in self._running.values()} - {None}
+            for ticket in self._waiting:
+                if ticket.group not in groups:
+                    self._cancelled.setdefault(ticket.job, "cancelled")
             self._changed.notify()
         if not self._thread.is_alive():
             return True
         self._thread.join(time_limit)
         complete = not self._thread.is_alive()
         with self._changed:
-            self._cancelled.update(self._running)
+            for job in (*self._running, *(ticket.job for ticket in self._waiting)):
+                self._cancelled.setdefault(job, "cancelled")
             self._changed.notify()
         self._thread.join()
         return complete
@@ -177,11 +190,13 @@ class Engine:
                 if self._closing and not self._waiting and not self._running:
                     return
                 ended = self._take_out()
-                failed = self._take_in()
-            if ended or failed:
+                failure = self._take_in()
+            if ended:
                 self._tell_all()
-            for ticket, end in ended + failed:
+            for ticket, end in ended:
                 self._tell(ticket, end)
+            if failure is not None:
+                self._give_up(failure)
             if self._running:
                 self._step()
 
@@ -191,7 +206,7 @@ class Engine:
         for ticket in [*self._waiting, *self._running.values()]:
             late = ticket.deadline is not None and now >= ticket.deadline
             if late or ticket.job in self._cancelled:
-                ended.append((ticket, Ended(ticket.job, "cancelled" if ticket.job in self._cancelled else "timeout")))
+                ended.append((ticket, Ended(ticket.job, self._cancelled.get(ticket.job, "timeout"))))
                 self.batch.remove(ticket.job)
                 self._running.pop(ticket.job, None)
         out = {ticket.job for ticket, _ in ended}
@@ -199,9 +214,8 @@ class Engine:
         self._cancelled.clear()
         return ended
 
-    def _take_in(self) -> list[tuple[_Ticket, Ended]]:
-        """Moves jobs from the queue to the batch."""
-        failed = []
+    def _take_in(self) -> Exception | None:
+        """Moves jobs from the queue to the batch; what went wrong, if anything."""
         while self._waiting and len(self._running) < self.batch.size:
             ticket = self._waiting.popleft()
             self._running[ticket.job] = ticket
@@ -209,8 +223,8 @@ class Engine:
                 self.batch.add(ticket.job)
             except Exception as error:
                 _LOG.exception("A job could not be taken in.")
-                failed += self._give_up(error)
-        return failed
+                return error
+        return None
 
     def _step(self) -> None:
         try:
@@ -220,11 +234,7 @@ class Engine:
             chosen = self.batch.finish(begun)
         except Exception as error:
             _LOG.exception("A step failed; the jobs that ran are given up.")
-            with self._changed:
-                failed = self._give_up(error)
-            self._tell_all()
-            for ticket, end in failed:
-                self._tell(ticket, end)
+            self._give_up(error)
             return
         for one in chosen:
             self._news.append((self._running[one.job], one))
@@ -244,19 +254,29 @@ class Engine:
         for ticket, what in news:
             self._tell(ticket, what)
 
-    def _give_up(self, error: Exception) -> list[tuple[_Ticket, Ended]]:
+    def _give_up(self, error: Exception) -> None:
         """Ends all that runs, and makes a new batch: the caches of this one may be half-written."""
-        failed = [(ticket, Ended(job, "error", f"{type(error).__name__}: {error}")) for job, ticket in self._running.items()]
-        self._running.clear()
+        with self._changed:
+            failed = list(self._running.values())
+            self._running.clear()
+        self._fail(failed, error)
+        earlier = self.prompt_tokens
+        self.batch.release()
         try:
-            earlier, self.batch = self.prompt_tokens, self._make_batch()
-            self._earlier = earlier
+            # It may take long: meanwhile jobs can be submitted and cancelled.
+            self.batch, self._earlier = self._make_batch(), earlier
         except Exception as second:
             _LOG.exception("No other batch could be made; the engine ends.")
-            self._closing = True
-            failed += [(ticket, Ended(ticket.job, "error", f"{type(second).__name__}: {second}")) for ticket in self._waiting]
-            self._waiting.clear()
-        return failed
+            with self._changed:
+                self._closing = self.has_failed = True
+                failed = list(self._waiting)
+                self._waiting.clear()
+            self._fail(failed, second)
+
+    def _fail(self, tickets: list[_Ticket], error: Exception) -> None:
+        self._tell_all()
+        for ticket in tickets:
+            self._tell(ticket, Ended(ticket.job, "error", f"{type(error).__name__}: {error}"))
 
     def _tell(self, ticket: _Ticket, what: Any) -> None:
         now = self._clock()

@@ -17,7 +17,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 # For those who watch over a server, who have no key, and for the page that asks for one.
-OPEN_PATHS = ("/health", "/ready", *NAMES)
+OPEN_PATHS = ("/health", "/ready", "/metrics", *NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Limits:
         api_key: that all but `OPEN_PATHS` wants as a bearer token; None for none.
         body_bytes: of a body, at most.
         body_seconds: that a body may take to arrive.
+        send_seconds: that a client may take to accept the next part of its answer; after them the connection is closed.
         hosts: names that the `Host` header may have, without ports; None for any. Keeps out pages whose name was made to lead here
             (DNS rebinding).
     """
@@ -35,6 +36,7 @@ class Limits:
     api_key: str | None = None
     body_bytes: int = 4_000_000
     body_seconds: float = 30.0
+    send_seconds: float = 30.0
     hosts: frozenset[str] | None = None
 
 
@@ -70,7 +72,7 @@ class Guard:
             await _answer(send, refused)
         else:
             if body is not None:
-                await self._app(scope, _replayed(body, receive), send)
+                await self._app(scope, _replayed(body, receive), _patient(send, self._limits.send_seconds))
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         limits, host = self._limits, headers.get("host", "")
@@ -126,6 +128,19 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _patient(send: Send, seconds: float) -> Send:
+    """`send` of an application; for a client that reads nothing more it raises what it raises for one that has gone."""
+
+    async def sent(message: Any) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await send(message)
+        except TimeoutError as error:
+            raise ConnectionResetError(f"The client accepted nothing for {seconds:g} seconds.") from error
+
+    return sent
 
 
 async def _answer(send: Send, refused: _Refused) -> None:

@@ -11,12 +11,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_CHOICES = 16
-_Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
+MOST_FIELDS = 64  # of an object: each that is not known makes an error of its own
+# All lists end at their first error: a body of 4 MB has room for a million of them.
+_Ids = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1, fail_fast=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise ValueError(f"has {len(value)} fields, more than {MOST_FIELDS}")
+        return value
 
 
 class TextPart(_Strict):
@@ -30,8 +39,13 @@ class Message(_Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
+    # What an answer of this interface has besides, for clients that send it back as it came.
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
 
     @property
     def text(self) -> str:
@@ -52,7 +66,7 @@ class _Request(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -61,7 +75,7 @@ class _Request(_Strict):
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
 
-    @field_validator("frequency_penalty", "presence_penalty", "logit_bias")
+    @field_validator("frequency_penalty", "presence_penalty", "logit_bias", mode="before")
     @classmethod
     def _must_be_off(cls, value: Any) -> Any:
         if value:
@@ -94,7 +108,7 @@ class ChatCompletionRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
     default_tokens: ClassVar[int | None] = None  # what there is room for
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20)] | None = None
@@ -120,8 +134,8 @@ class CompletionRequest(_Request):
     """The body of `/v1/completions`."""
 
     default_tokens: ClassVar[int | None] = 16  # as OpenAI's
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)] | _Ids | Annotated[
-        list[_Ids], Field(min_length=1, max_length=MOST_CHOICES)
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)] | _Ids | Annotated[
+        list[_Ids], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)
     ]
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None

@@ -19,8 +19,12 @@ function say(message) {
   at("error").hidden = !message;
 }
 
+const hasText = (message) => message.content.trim() !== "";
+
 function keep() {
-  if (!save("conversations", state.conversations.filter((each) => each.messages.length || each.system)) || !save("settings", settings))
+  // An answer of which nothing has come is none yet: the page may be left before it does.
+  const written = state.conversations.map((each) => ({ ...each, messages: each.messages.filter(hasText) }));
+  if (!save("conversations", written.filter((each) => each.messages.length || each.system)) || !save("settings", settings))
     say("This browser keeps no more data for this page: what is new is lost with the tab. Delete some conversations.");
 }
 
@@ -133,7 +137,7 @@ function stop() {
 
 function requested(talk) {
   const messages = talk.system.trim() ? [{ role: "system", content: talk.system }] : [];
-  for (const { role, content } of talk.messages) {
+  for (const { role, content } of talk.messages.filter(hasText)) {
     // A question that got no answer is part of the next one: roles have to alternate.
     if (role === "user" && messages.at(-1)?.role === "user") messages.at(-1).content += `\n\n${content}`;
     else messages.push({ role, content });
@@ -164,7 +168,7 @@ async function answer() {
     if (running.signal.aborted) message.note = "Stopped.";
     else say(failure(error));
   }
-  if (!message.content) talk.messages.pop();
+  if (!hasText(message)) talk.messages.splice(talk.messages.indexOf(message), 1);
   state.running = null;
   keep();
   busy(false);
