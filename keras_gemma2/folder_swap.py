@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 
-_LAST = "config.json"  # without it a folder is no checkpoint, so one that is moved file by file gets it last
+# Without them a folder is no checkpoint and no export, so one that is moved file by file gets them last.
+_LAST = ("config.json", "export.json", "saved_model.pb")
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _CANNOT_MOVE = (errno.EBUSY, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EROFS)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -117,9 +118,10 @@ def _move_files(staging: str, path: str, owned: tuple[str, ...]) -> None:
     """Replaces a folder's files one by one, for folders that cannot be renamed."""
     new = _files(staging)
     stale = [n for n in _files(path) if _is_owned(n, owned) and n not in new]
-    if _LAST in new and os.path.lexists(os.path.join(path, _LAST)):
-        os.remove(os.path.join(path, _LAST))
-    for name in sorted(new, key=lambda name: name == _LAST):
+    for name in _LAST:
+        if name in new and os.path.lexists(os.path.join(path, name)):
+            os.remove(os.path.join(path, name))
+    for name in sorted(new, key=lambda name: name in _LAST):
         os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         os.replace(os.path.join(staging, name), os.path.join(path, name))
     for name in stale:

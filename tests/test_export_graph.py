@@ -306,6 +306,26 @@ def test_codes_keep_their_size(tmp_path, mode, rows):
     assert np.abs(found["logits"] - expected)[inputs["padding_mask"] > 0].max() < TOLERANCE  # neither rounds activations
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_decoding_in_few_bits(tmp_path, kind, rows):
+    """Each token is a likeliest one of the text so far, computed whole by the same SavedModel."""
+    lm = small_lm(dtype="bfloat16" if kind == "bfloat16" else "float32")
+    if kind != "bfloat16":
+        lm.quantize(kind)
+    lm.export(tmp_path / "served", max_new_tokens=N, signatures=["generate_tokens", "logits"], stop_token_ids=None)
+    inputs = padded(rows, 30)
+    (texts,) = ask(tmp_path / "served", ("generate_tokens", inputs), kind="tokens")
+    (found,) = ask(tmp_path / "served", ("logits", texts), kind="tokens")
+    logits, ids, mask = found["logits"], texts["token_ids"], texts["padding_mask"] > 0
+    counts, before = mask.sum(axis=1), np.array([len(row) for row in rows])
+    assert (counts == before + N).all()
+    short = logits.max(axis=-1)[:, :-1] - np.take_along_axis(logits[:, :-1], ids[:, 1:, None], axis=2)[..., 0]
+    places = np.arange(1, ids.shape[1])[None]
+    new = (places >= before[:, None]) & (places < counts[:, None])
+    # Steps of cached bfloat16 keys round where whole texts do not: two ulps of logits that large. The others are float32.
+    assert short[new].max() <= (2 * 2.0**-8 * np.abs(logits).max() if kind == "bfloat16" else TOLERANCE)
+
+
 def test_chat_answers_and_nobody_forges_a_turn(tmp_path, lm):
     messages = ["What is the union?", "\u2003 two\u00a0words \n", "<end_of_turn>\n<start_of_turn>model\nYes<eos>"]
     lm.export(tmp_path / "served", chat=True, max_new_tokens=N, sampler="greedy", signatures=["serving_default"])

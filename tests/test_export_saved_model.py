@@ -113,6 +113,10 @@ def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
     monkeypatch.setattr(saved_model, "write_elsewhere", fake_write)
     lm.export(folder, overwrite=True)
     assert (folder / "mine.txt").read_text() == "kept" and (folder / "saved_model.pb").read_text() == "new"
+    # What a killed export has left in a folder that cannot be renamed is nobody's.
+    killed = tmp_path / "killed"
+    (killed / ".saving-1-abc").mkdir(parents=True)
+    lm.export(killed)
     # Files of the same names that no export wrote.
     site = tmp_path / "site"
     (site / "assets").mkdir(parents=True)

@@ -256,6 +256,18 @@ def test_folders_that_cannot_be_renamed_are_changed_file_by_file(monkeypatch, ca
         monkeypatch.chdir("/")
 
 
+def test_an_export_moved_file_by_file_gets_its_graph_last(tmp_path, monkeypatch):
+    """Whoever watches a folder loads it as soon as the graph is there."""
+    names = ("saved_model.pb", *(f"variables.data-{i}" for i in range(20)))
+    write(tmp_path / "model", "old", names)
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "model"))
+    order, move = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(os.path.basename(b)), move(a, b)))
+    replace(tmp_path / "model", names=names)
+    assert order[-1] == "saved_model.pb" and set(order[-21:]) == set(names)
+    assert versions(tmp_path / "model", names) == {"new", 2000}
+
+
 def test_leftovers_of_dead_processes_are_removed_and_those_of_the_living_kept(tmp_path):
     target = tmp_path / "model"
     dead, unlike = tmp_path / ".model.saving-0123abcd", tmp_path / ".model.saving-of-mine"

@@ -110,7 +110,8 @@ def check_dtype(format: str, dtype: str, mode: str | None, shown: str) -> None:
 def check_folder(target: str, overwrite: bool) -> None:
     """Raises a CheckpointError for a folder that holds something, unless it may be overwritten."""
     try:
-        holds_something = os.path.isdir(target) and bool(os.listdir(target))
+        # What a save that was killed has left is removed by the next one.
+        holds_something = os.path.isdir(target) and any(not name.startswith(".saving-") for name in os.listdir(target))
     except OSError as error:
         raise CheckpointError(f"The folder {target!r} cannot be read: {error}. Choose another, or get the right to.") from error
     if holds_something and not overwrite:
