@@ -284,7 +284,7 @@ def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
 
     def write(lm, folder, format, *others):
         for name in (*FORMATS[format].files, "export.json", "vocabulary.spm"):
-            Path(folder, name).write_text(format)
+            Path(folder, name).write_text(json.dumps({"format": format}))
 
     monkeypatch.setattr(programs, "write", write)
     monkeypatch.setattr(programs, "write_elsewhere", lambda lm, folder, backend, format, sizes: write(lm, folder, format))
@@ -293,7 +293,7 @@ def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
         lm.export(tmp_path, format=format, overwrite=True)
         theirs = {*FORMATS[format].files, "export.json", "vocabulary.spm"}
         assert {path.name for path in tmp_path.iterdir()} == mine | theirs
-        assert all((tmp_path / name).read_text() == format for name in theirs)
+        assert all(json.loads((tmp_path / name).read_text()) == {"format": format} for name in theirs)
     assert all((tmp_path / name).read_text() == "kept" for name in mine)
 
 
