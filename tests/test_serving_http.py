@@ -360,6 +360,8 @@ def test_bytes_of_pieces_that_are_no_characters(lm):
     assert b"".join(raw for _, raw in pairs).decode() == "a\U0001f40b"
     assert [text for text, _ in pairs[-4:]] == ["\\xf0", "\\x9f", "\\x90", "\\x8b"]
     assert token_text(tokenizer, tokenizer.token_to_id("<0x41>")) == ("A", b"A")
+    # A text that only looks like one of those.
+    assert Bodies(False, "mini", 0, lambda token_id: ("\\x8b", b"\\x8b"))._legacy(5) == "\\x8b"
     chosen = (Chosen(None, ids[-1], -1.0, ((ids[-1], -1.0), (ids[-2], -2.0))),)
     bodies = Bodies(False, "mini", 2, lambda token_id: token_text(tokenizer, token_id))
     logprobs = bodies.chunk(Piece(0, "", chosen))["choices"][0]["logprobs"]

@@ -89,8 +89,8 @@ class Bodies:
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     def _legacy(self, token_id: int) -> str:
-        text, _ = self._text_of(token_id)
-        return f"bytes:{text}" if text.startswith("\\x") else text
+        text, raw = self._text_of(token_id)
+        return text if raw == text.encode("utf-8") else f"bytes:{text}"
 
 
 def token_text(tokenizer: Any, token_id: int) -> tuple[str, bytes]:
