@@ -10,7 +10,7 @@ import keras
 
 from keras_gemma2.export.elsewhere import write_elsewhere
 from keras_gemma2.export.failures import disk_errors
-from keras_gemma2.export.formats import SAVED_MODEL, owned_files
+from keras_gemma2.export.formats import owned_files
 from keras_gemma2.export.signatures import SIGNATURES, TEXT_SIGNATURES, TOKEN_SIGNATURES, Settings, Signatures
 from keras_gemma2.from_preset import weights_bytes
 from keras_gemma2.generation.requests import GREEDY, check_length, read_sampler, read_stop_token_ids
@@ -29,7 +29,7 @@ def write_folder(lm: Any, target: str, settings: Settings) -> None:
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError("A SavedModel is written by TensorFlow, which is not installed. Install with: pip install tensorflow")
     size, here = weights_bytes(lm.backbone), _traces_here()
-    owned = owned_files(target, (SAVED_MODEL,))
+    owned = owned_files(target, ())
     with replacing_folder(target, size if here else 2 * size, owned) as staging, disk_errors():
         if here:
             write(lm, staging, settings)
