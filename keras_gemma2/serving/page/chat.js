@@ -1,12 +1,11 @@
 // The chat page: talks to the server that it came from, keeps conversations in the browser. All text is shown as text, never as HTML.
 import { readEvents } from "./events.js";
-import { load, save } from "./store.js";
+import { dropConversation, hasText, idOf, keepConversation, keepSetting, loadConversation, loadConversations, loadSettings, newConversation, wasKept } from "./store.js";
 
 const at = (id) => document.getElementById(id);
-const state = { conversations: load("conversations", []), current: null, running: null };
-const settings = { temperature: 1, length: null, model: null, theme: "auto", ...load("settings", {}) };
-
-const conversation = () => state.conversations.find((each) => each.id === state.current);
+// `answered` is the conversation that an answer is coming for, `unkept` those that the browser had no room for.
+const state = { conversations: loadConversations(), current: null, running: null, answered: null, unkept: new Set() };
+const settings = { temperature: 1, length: null, model: null, theme: "auto", ...loadSettings() };
 
 function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -19,42 +18,70 @@ function say(message) {
   at("error").hidden = !message;
 }
 
-const hasText = (message) => message.content.trim() !== "";
+// Keeping ---------------------------------------------------------------------------------------------------------------
 
-function keep() {
-  // An answer of which nothing has come is none yet: the page may be left before it does.
-  const written = state.conversations.map((each) => ({ ...each, messages: each.messages.filter(hasText) }));
-  if (!save("conversations", written.filter((each) => each.messages.length || each.system)) || !save("settings", settings))
-    say("This browser keeps no more data for this page: what is new is lost with the tab. Delete some conversations.");
+function isKept(found) {
+  if (!found) say("This browser keeps no more data for this page: what is new is lost with the tab. Delete some conversations.");
+  return found;
+}
+
+function keep(talk) {
+  const id = talk.id;
+  if (isKept(keepConversation(talk))) state.unkept.delete(talk);
+  else state.unkept.add(talk);
+  if (talk.id !== id) takeOver(id);  // what another tab has made of it is beside it now
+}
+
+function set(name, value) {
+  settings[name] = value;
+  isKept(keepSetting(name, value));
+}
+
+// A conversation as another tab has kept or deleted it. One that has something new here stays as it is until that is kept.
+function takeOver(id) {
+  const held = state.conversations.find((each) => each.id === id);
+  if (held && (held === state.answered || state.unkept.has(held))) return;
+  const wasHere = held && wasKept(held), found = loadConversation(id);
+  if (found && held) Object.assign(held, found);
+  else if (found) state.conversations.push(found);
+  else if (wasHere) forget(held);
+  if (!state.conversations.includes(state.current)) start();
+  else if (held && held === state.current) show();
+  else showList();
+}
+
+function forget(talk) {
+  dropConversation(talk);
+  state.conversations = state.conversations.filter((each) => each !== talk);
+  for (const each of state.unkept) state.conversations.includes(each) ? keep(each) : state.unkept.delete(each);  // there is room now
 }
 
 // Conversations ---------------------------------------------------------------------------------------------------------
 
 function start() {
   stop();
-  if (conversation()?.messages.length !== 0) {
-    state.current = crypto.randomUUID?.() ?? String(Math.random());
-    state.conversations.unshift({ id: state.current, system: "", messages: [] });
+  if (!state.conversations.includes(state.current) || state.current.messages.length) {
+    state.current = newConversation();
+    state.conversations.push(state.current);
   }
   showSide(false);
   show();
   at("input").focus();
 }
 
-function open(id) {
+function open(talk) {
   stop();
-  state.current = id;
+  state.current = talk;
   say("");
   showSide(false);
   show();
 }
 
-function remove(id) {
-  if (id === state.current) stop();
-  state.conversations = state.conversations.filter((each) => each.id !== id);
-  keep();
-  if (id !== state.current) showList();
-  else if (state.conversations.length) open(state.conversations[0].id);
+function remove(talk) {
+  if (talk === state.current) stop();
+  forget(talk);
+  if (talk !== state.current) showList();
+  else if (state.conversations.length) open(state.conversations[0]);
   else start();
 }
 
@@ -63,11 +90,12 @@ function titleOf(each) {
 }
 
 function showList() {
+  state.conversations.sort((one, other) => other.made - one.made);
   at("conversations").replaceChildren(...state.conversations.map((each) => {
     const title = titleOf(each);
-    const opens = element("button", { type: "button", className: "open", textContent: title, onclick: () => open(each.id) });
-    opens.setAttribute("aria-current", String(each.id === state.current));
-    const removes = element("button", { type: "button", textContent: "×", title: "Delete", onclick: () => remove(each.id) });
+    const opens = element("button", { type: "button", className: "open", textContent: title, onclick: () => open(each) });
+    opens.setAttribute("aria-current", String(each === state.current));
+    const removes = element("button", { type: "button", textContent: "×", title: "Delete", onclick: () => remove(each) });
     removes.setAttribute("aria-label", `Delete: ${title}`);
     return element("li", {}, opens, removes);
   }));
@@ -81,9 +109,9 @@ function showSide(isShown) {  // on narrow screens; elsewhere it is always there
 // Messages --------------------------------------------------------------------------------------------------------------
 
 function show() {
-  const messages = conversation().messages;
+  const { messages, system } = state.current;
   showList();
-  at("system").value = conversation().system;
+  if (at("system").value !== system) at("system").value = system;
   at("messages").replaceChildren(...messages.map((message, index) => shown(message, index === messages.length - 1)));
   if (!messages.length) at("messages").append(element("p", { className: "empty", textContent: "Ask something." }));
   at("messages").scrollTop = at("messages").scrollHeight;
@@ -120,13 +148,13 @@ function send() {
   const content = at("input").value.trim();
   if (!content || state.running) return;
   at("input").value = "";
-  conversation().messages.push({ role: "user", content });
+  state.current.messages.push({ role: "user", content });
   answer();
 }
 
 function regenerate() {
   if (state.running) return;
-  const messages = conversation().messages;
+  const { messages } = state.current;
   if (messages.at(-1)?.role === "assistant") messages.pop();
   if (messages.length) answer();
 }
@@ -149,11 +177,13 @@ function requested(talk) {
 }
 
 async function answer() {
-  const talk = conversation(), running = new AbortController(), body = JSON.stringify(requested(talk));
+  const talk = state.current, running = new AbortController(), body = JSON.stringify(requested(talk));
   const message = { role: "assistant", content: "" };
   state.running = running;
+  state.answered = talk;
   talk.messages.push(message);
   say("");
+  keep(talk);
   busy(true);
   try {
     const response = await asked("v1/chat/completions", { method: "POST", body, signal: running.signal });
@@ -162,15 +192,15 @@ async function answer() {
       const choice = event.choices?.[0];
       message.content += choice?.delta?.content ?? "";
       if (choice?.finish_reason === "length") message.note = "Cut off: this is as long as an answer may be.";
-      if (talk === conversation()) grow(message);
+      if (talk === state.current) grow(message);
     }
   } catch (error) {
     if (running.signal.aborted) message.note = "Stopped.";
     else say(failure(error));
   }
   if (!hasText(message)) talk.messages.splice(talk.messages.indexOf(message), 1);
-  state.running = null;
-  keep();
+  state.running = state.answered = null;
+  if (state.conversations.includes(talk)) keep(talk);
   busy(false);
 }
 
@@ -213,8 +243,7 @@ async function listModels() {
   }
 }
 
-function setTheme(theme) {
-  settings.theme = theme;
+function showTheme(theme) {
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   at("theme").textContent = `Theme: ${theme}`;
@@ -224,13 +253,13 @@ function setUp() {
   at("temperature").value = at("shown").value = settings.temperature;
   at("length").value = settings.length ?? "";
   at("key").value = sessionStorage.getItem("key") ?? "";
-  setTheme(settings.theme);
-  at("temperature").oninput = () => { settings.temperature = Number(at("temperature").value); at("shown").value = settings.temperature; keep(); };
-  at("length").onchange = () => { settings.length = Math.max(0, Math.floor(Number(at("length").value))) || null; at("length").value = settings.length ?? ""; keep(); };
-  at("system").oninput = () => { conversation().system = at("system").value; keep(); };
+  showTheme(settings.theme);
+  at("temperature").oninput = () => { set("temperature", Number(at("temperature").value)); at("shown").value = settings.temperature; };
+  at("length").onchange = () => { set("length", Math.max(0, Math.floor(Number(at("length").value))) || null); at("length").value = settings.length ?? ""; };
+  at("system").oninput = () => { state.current.system = at("system").value; keep(state.current); };
   at("key").onchange = () => { sessionStorage.setItem("key", at("key").value); listModels(); };
-  at("model").onchange = () => { settings.model = at("model").value; keep(); };
-  at("theme").onclick = () => { setTheme({ auto: "light", light: "dark", dark: "auto" }[settings.theme]); keep(); };
+  at("model").onchange = () => set("model", at("model").value);
+  at("theme").onclick = () => { set("theme", { auto: "light", light: "dark", dark: "auto" }[settings.theme]); showTheme(settings.theme); };
   at("settings").onsubmit = (event) => event.preventDefault();
   at("composer").onsubmit = (event) => { event.preventDefault(); send(); };
   at("input").onkeydown = (event) => {
@@ -240,11 +269,15 @@ function setUp() {
   at("stop").onclick = stop;
   at("menu").onclick = () => showSide(!at("side").classList.contains("shown"));
   document.onkeydown = (event) => { if (event.key === "Escape") stop(); };
-  window.onpagehide = keep;
+  window.onpagehide = () => { for (const each of new Set([state.answered, ...state.unkept].filter(Boolean))) keep(each); };
+  window.onstorage = (event) => { if (idOf(event.key) !== null) takeOver(idOf(event.key)); };
+  // Out of the browser's memory: what other tabs did meanwhile.
+  window.onpageshow = (event) => { if (event.persisted) for (const { id } of [...state.conversations, ...loadConversations()]) takeOver(id); };
 }
 
 setUp();
-if (state.conversations.length) open(state.conversations[0].id);
+showList();
+if (state.conversations.length) open(state.conversations[0]);
 else start();
 at("input").focus();
 listModels();
