@@ -66,11 +66,15 @@ def export_command(options: argparse.Namespace) -> int:
 
     from keras_gemma2 import Gemma2CausalLM, Sampler
     from keras_gemma2.export.formats import check_dtype, check_folder
+    from keras_gemma2.export.saved_model import check_installed
+    from keras_gemma2.export.signatures import SIGNATURES
     from keras_gemma2.staging import folder_path
 
     # Before a model loads.
     check_folder(folder_path(options.folder, "folder"), options.overwrite)
-    if options.format != "saved_model":
+    if options.format == "saved_model":
+        check_installed(options.signatures or SIGNATURES)
+    else:
         policy = keras.dtype_policies.get(options.dtype or "float32")
         check_dtype(FORMATS[options.format][0], policy.compute_dtype, options.quantize, policy.name)
     names = _OPTIONS.get(options.format, ())

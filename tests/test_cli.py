@@ -64,6 +64,7 @@ def test_generate_is_what_the_model_returns(capsys, small_preset):
         assert capsys.readouterr().out == lm.generate("Of  the\tunion", max_new_tokens=9, sampler="greedy") + "\n"
 
 
+@pytest.mark.backend_free
 def test_temperature_zero_is_greedy(capsys, small_preset):
     outputs = []
     for extra in (["--temperature", "0"], ["--top-k", "1"], ["--top-p", "1e-9"]):
@@ -72,11 +73,13 @@ def test_temperature_zero_is_greedy(capsys, small_preset):
     assert len(set(outputs)) == 1
 
 
+@pytest.mark.backend_free
 def test_top_k_above_the_vocabulary_keeps_everything(capsys, small_preset):
     assert main(["generate", "It is", "--preset", small_preset, "--max-new-tokens", "3", "--top-k", "99999"]) == 0
     assert capsys.readouterr().out.startswith("It is")
 
 
+@pytest.mark.backend_free
 def test_plain_sampling_and_special_text(capsys, small_preset):
     arguments = ["--preset", small_preset, "--top-p", "1", "--top-k", "0", "--max-new-tokens", "3", "--seed", "1"]
     assert main(["generate", "<bos>A  tab\there", *arguments]) == 0
@@ -120,11 +123,13 @@ def test_wrong_values_give_one_line_and_exit_code_2(arguments, message, capsys):
     assert re.search(message, captured.err) and captured.err.count("\n") == 1, captured.err
 
 
+@pytest.mark.backend_free
 def test_a_prompt_that_leaves_no_room_is_refused(capsys):
     assert main(["generate", "the union " * 300]) == 2
     assert "512" in capsys.readouterr().err
 
 
+@pytest.mark.backend_free
 def test_a_preset_without_a_tokenizer_is_refused(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -142,6 +147,7 @@ def test_a_backend_that_is_not_installed_is_named(capsys, monkeypatch):
     assert "pip install torch" in capsys.readouterr().err
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("name", ["gemma2_2b_en", "gemma2_instruct_9b_en", "gemma2_27b_en", "gemma2_mini_en"])
 def test_info_shows_the_whole_tree(name, capsys):
     assert main(["info", name]) == 0
@@ -154,6 +160,7 @@ def test_info_shows_the_whole_tree(name, capsys):
     assert "heads, each for 2 query heads" in out and "soft cap 50" in out and "soft cap 30" in out
 
 
+@pytest.mark.backend_free
 def test_info_of_a_folder_lists_unusual_layers(capsys):
     folder, _ = hugging_face_folder(layer_types=("full_attention", "full_attention", "sliding_attention", "full_attention"))
     assert main(["info", folder]) == 0
@@ -165,6 +172,7 @@ def test_info_of_a_folder_lists_unusual_layers(capsys):
     ]
 
 
+@pytest.mark.backend_free
 def test_help_and_info_are_quick_and_import_no_backend():
     for arguments in (["--help"], ["generate", "--help"], ["info", "gemma2_27b_en"]):
         start = time.perf_counter()

@@ -9,8 +9,15 @@ import pytest
 from conftest import TINY
 from exported import TEXTS, TOLERANCE, N, all_bytes, ask, data_bytes, decoded, default, generate, padded, prompt_rows, small_lm
 from oracle import hugging_face_folder, naive_generate
+from scipy import stats
+from test_sampler import expected_probabilities
 
 from keras_gemma2 import Gemma2CausalLM, Sampler
+
+NO_ROWS = {"token_ids": np.zeros((0, 4), "int32"), "padding_mask": np.zeros((0, 4), "int32")}
+# As many tokens as the context has.
+FULL = np.random.default_rng(9).integers(200, 4096, (2, 128)).astype("int32")
+FULL_TEXT = "7" * 127  # digits are a piece each; and `<bos>`
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,7 @@ def answers(lm, folder, rows):
         "top_p": generate(top_p=0.0),
         "top_k": generate(top_k=-1),
         "unknown id": ("generate_tokens", {"token_ids": np.int32([[2, 4096]]), "padding_mask": np.int32([[1, 1]])}),
+        "unknown id of a step": decode_step([0], 20, token_id=4096),
         "all padding": ("score", {"token_ids": np.int32([[2, 9], [2, 9]]), "padding_mask": np.int32([[1, 1], [0, 0]])}),
         "shapes": ("logits", {"token_ids": np.int32([[2, 9]]), "padding_mask": np.int32([[1]])}),
         "long row": ("score", {"token_ids": np.full((1, 129), 9, "int32"), "padding_mask": np.ones((1, 129), "int32")}),
@@ -76,16 +84,21 @@ def answers(lm, folder, rows):
         "past the caches": decode_step([19, 20], 20),
         "past rings too small": decode_step([3, 2], 3),
         "the last slot": decode_step([19, 0], 20),
-        "empty rows": ("generate_tokens", {"token_ids": np.zeros((0, 4), "int32"), "padding_mask": np.zeros((0, 4), "int32")}),
+        "nobody by default": default([]),
+        **{f"empty {name}": (name, NO_ROWS) for name in ("generate_tokens", "score", "logits")},
+        "empty prefill": ("prefill", {**NO_ROWS, "cache_length": np.int32(40)}),
+        "full rows": ("generate_tokens", {"token_ids": FULL, "padding_mask": np.ones_like(FULL)}),
+        "full scores": ("score", {"token_ids": FULL, "padding_mask": np.ones_like(FULL)}),
+        "full text": generate([FULL_TEXT, "I"]),
     }
     return dict(zip(requests, ask(folder, *requests.values())))
 
 
-def decode_step(positions, room):
+def decode_step(positions, room, token_id=9):
     """A step over empty caches with room for some tokens; the window is 5."""
     rooms = {f"{kind}_{layer}": min(room, 5) if layer % 2 == 0 else room for layer in range(3) for kind in ("keys", "values")}
     caches = {name: np.zeros((len(positions), 2, slots + 1, 16), "float32") for name, slots in rooms.items()}
-    return "decode_step", {"token_ids": np.full(len(positions), 9, "int32"), "positions": np.int32(positions), **caches}
+    return "decode_step", {"token_ids": np.full(len(positions), token_id, "int32"), "positions": np.int32(positions), **caches}
 
 
 # Against the model ------------------------------------------------------------------------------------------------------
@@ -179,7 +192,23 @@ def test_a_step_in_the_last_slot(answers):
 
 def test_no_rows(answers):
     assert answers["nobody"]["completions"].shape == answers["nobody"]["num_tokens"].shape == (0,)
-    assert answers["empty rows"]["token_ids"].shape[0] == 0
+    assert answers["nobody by default"]["completions"].shape == (0,)
+    assert answers["empty generate_tokens"]["token_ids"].shape[0] == 0
+    assert answers["empty score"]["log_probabilities"].shape == (0, 4)
+    assert answers["empty logits"]["logits"].shape == (0, 4, 4096)
+    prefilled = answers["empty prefill"]
+    assert prefilled["logits"].shape == (0, 4096) and prefilled["keys_1"].shape == (0, 2, 41, 16)
+
+
+def test_a_prompt_as_long_as_the_context(lm, answers):
+    """There is no room for more: nothing is made."""
+    assert np.array_equal(answers["full rows"]["token_ids"], FULL) and answers["full rows"]["padding_mask"].all()
+    scores = lm.score({"token_ids": FULL, "padding_mask": FULL > 0})
+    for found, expected in zip(answers["full scores"]["log_probabilities"], scores):
+        assert np.abs(found[1:] - expected).max() < TOLERANCE
+    assert [len(row) for row in lm.preprocessor.prompt_ids([FULL_TEXT])] == [128]
+    text = answers["full text"]
+    assert text["num_tokens"].tolist()[0] == 0 < text["num_tokens"][1] and text["completions"][0] == b""
 
 
 @pytest.mark.parametrize(
@@ -192,6 +221,7 @@ def test_no_rows(answers):
         ("top_p", ["`top_p` must be over 0 and at most 1"]),
         ("top_k", ["`top_k` must be at least 0"]),
         ("unknown id", ["`token_ids` must be from 0 to 4095", "[1]"]),
+        ("unknown id of a step", ["`token_ids` must be from 0 to 4095", "[0]"]),
         ("all padding", ["Every row must have a token", "[1]"]),
         ("shapes", ["`token_ids` and `padding_mask` must have the same shape"]),
         ("long row", ["at most 128 tokens", "[0]"]),
@@ -342,6 +372,51 @@ def test_penalties_and_biases(tmp_path, lm):
     expected = lm.generate(TEXTS, max_new_tokens=20, sampler=sampler, strip_prompt=True)
     assert decoded(found["completions"]) == expected
     assert expected != lm.generate(TEXTS, max_new_tokens=20, sampler="greedy", strip_prompt=True)
+
+
+def test_draws_with_every_filter(tmp_path, lm):
+    """Two tokens of 8,000 rows, against transformers' processors in float64: chi-square, p over 1e-4."""
+    prompt = lm.preprocessor.prompt_ids(["The state of our union is"])[0]
+    likely = np.argsort(-next_logits(lm, prompt))
+    # Tokens of the prompt that are as likely as others but for the penalty.
+    bias = {int(token): float(next_logits(lm, prompt)[likely[0]] - next_logits(lm, prompt)[token]) for token in prompt[2:5]}
+    sampler = Sampler(
+        temperature=0.5, top_k=12, top_p=0.97, min_p=0.05, repetition_penalty=1.3, presence_penalty=0.6, logit_bias=bias
+    )
+    names = ["generate_tokens"]
+    lm.export(tmp_path / "served", max_new_tokens=2, sampler=sampler, signatures=names, stop_token_ids=None)
+    (found,) = ask(tmp_path / "served", ("generate_tokens", padded([prompt] * 8000, len(prompt))), kind="tokens")
+    first, second = found["token_ids"][:, -2:].T
+    check_draws(sampler, prompt, [], lm, first)
+    values, counts = np.unique(first, return_counts=True)
+    most = int(values[counts.argmax()])
+    check_draws(sampler, prompt, [most], lm, second[first == most])
+    unpenalized = Sampler(**{**vars(sampler), "repetition_penalty": 1.0})
+    unpenalized = expected_probabilities(unpenalized, prompt, [], next_logits(lm, prompt))
+    shares = np.bincount(first, minlength=4096) / 8000
+    assert np.abs(unpenalized - shares).sum() > 0.1
+
+
+def next_logits(lm, ids):
+    inputs = {"token_ids": keras.ops.convert_to_tensor([ids]), "padding_mask": keras.ops.ones((1, len(ids)), "int32")}
+    return keras.ops.convert_to_numpy(lm(inputs))[0, -1]
+
+
+def check_draws(sampler, prompt, generated, lm, tokens):
+    expected = expected_probabilities(sampler, prompt, generated, next_logits(lm, [*prompt, *generated]))
+    counts = np.bincount(tokens, minlength=expected.size)
+    assert (expected > 0).sum() > 2 and len(tokens) > 500
+    assert not counts[expected == 0].any()
+    assert stats.chisquare(counts[expected > 0], expected[expected > 0] * len(tokens)).pvalue > 1e-4
+
+
+def test_both_stop_tokens_stop(tmp_path, lm):
+    """`<eos>` and `<end_of_turn>`, as exports have them unless told otherwise; a row has one or the other, and nothing after."""
+    sampler = Sampler(temperature=1.0, logit_bias={1: 50.0, 107: 50.0})
+    lm.export(tmp_path / "served", max_new_tokens=5, sampler=sampler, signatures=["generate_tokens"])
+    (found,) = ask(tmp_path / "served", ("generate_tokens", padded([[2, 300, 400]] * 64, 3)), kind="tokens")
+    assert (found["padding_mask"].sum(axis=1) == 4).all()
+    assert set(found["token_ids"][:, 3].tolist()) == {1, 107}
 
 
 def test_numbers_that_are_none_are_told(tmp_path):

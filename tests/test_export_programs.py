@@ -17,7 +17,8 @@ import pytest
 from exported import TOLERANCE, all_bytes, small_lm
 
 import keras_gemma2
-from keras_gemma2 import Gemma2CausalLM
+from keras_gemma2 import Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer
+from keras_gemma2.cli import main
 from keras_gemma2.export import elsewhere, programs
 from keras_gemma2.export.formats import FORMATS
 
@@ -307,6 +308,16 @@ def test_programs_are_traced_on_a_cpu(tmp_path, lm, monkeypatch):
         assert asked.pop() == (about.backend, format)
 
 
+def test_stop_tokens_of_a_tokenizers_own_go_along(tmp_path):
+    """As a checkpoint's `generation_config.json` may name them; through another process, too."""
+    lm = small_lm(num_layers=1)
+    tokenizer = Gemma2Tokenizer(lm.preprocessor.tokenizer.proto, extra_stop_token_ids=(300,))
+    lm = Gemma2CausalLM(lm.backbone, Gemma2CausalLMPreprocessor(tokenizer))
+    for format in (*HERE[:1], ELSEWHERE):
+        lm.export(tmp_path / format, format=format)
+        assert json.loads((tmp_path / format / "export.json").read_text())["stop_token_ids"] == [1, 107, 300]
+
+
 # Disks and processes that fail ------------------------------------------------------------------------------------------
 
 LIMITED = """
@@ -345,6 +356,22 @@ def test_a_killed_process_is_reported(tmp_path, lm, monkeypatch):
 # The command line and the example ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("format", HERE)
+def test_each_formats_command_and_example(tmp_path, lm, format, capsys):
+    """In this process, which has the format's backend; the example's text is `generate`'s."""
+    lm.save_to_preset(tmp_path / "preset")
+    sizes = ["--batch-size", "1", "--cache-length", "64", "--prefill-length", "16"] if format == "litert" else []
+    assert main(["export", str(tmp_path / "preset"), str(tmp_path / "model"), "--format", format, *sizes]) == 0
+    assert capsys.readouterr().out == f"{format} in {tmp_path / 'model'}\n"
+    command = [sys.executable, str(Path(__file__).parents[1] / "examples" / "run_exported.py"), str(tmp_path / "model"), "It is"]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    shown = subprocess.run([*command, "--tokens", "9"], capture_output=True, text=True, env=environment)
+    assert shown.stdout == lm.generate("It is", max_new_tokens=9, sampler="greedy") + "\n", shown.stderr
+    if format == "litert":  # whose sizes are fixed
+        wrong = subprocess.run([*command, "--tokens", "99"], capture_output=True, text=True, env=environment)
+        assert wrong.returncode != 0 and "must fit in" in wrong.stderr
+
+
 @pytest.mark.backend_free  # its process takes the format's backend, whatever the one here
 def test_the_command_and_the_example(tmp_path):
     """`export` of the embedded preset, and the example's text from it, which is `generate`'s."""
@@ -360,6 +387,9 @@ def test_the_command_and_the_example(tmp_path):
     assert shown.stdout == lm.generate(prompt, max_new_tokens=20) + "\n"
     wrong = subprocess.run([*command, "--max-new-tokens", "3", "--overwrite"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "--max-new-tokens: is for --format saved_model, not for --format stablehlo" in wrong.stderr
+    from jax import export
+
+    assert export.deserialize((target / "model.stablehlo").read_bytes()).platforms == ("cpu", "cuda", "tpu")
     none = tmp_path / "none"
     early = [*command[:5], str(none), "--format", "onnx", "--dtype", "bfloat16"]
     wrong = subprocess.run(early, capture_output=True, text=True)

@@ -1,6 +1,9 @@
 """Exporting from each backend: weights, codes and adapters that are carried along, and what is refused."""
 
+import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +11,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from exported import TEXTS, TOLERANCE, N, all_bytes, ask, data_bytes, decoded, default, padded, prompt_rows, small_lm
+from exported import TEXTS, TOLERANCE, N, all_bytes, ask, data_bytes, decoded, default, generate, padded, prompt_rows, small_lm
 from test_staging import unprivileged
 
 import keras_gemma2
-from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Sampler
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, Gemma2CausalLMPreprocessor, Gemma2Tokenizer, Sampler
+from keras_gemma2.cli import main
 from keras_gemma2.export import saved_model
 
 
@@ -26,8 +30,14 @@ def test_texts_tokens_and_scores(tmp_path, lm):
     lm.compile(sampler=Sampler(temperature=0, repetition_penalty=1.3))
     lm.export(tmp_path / "served" / "1", max_new_tokens=N)
     inputs = padded(prompt_rows(), 30)
-    texts, tokens, scores = ask(tmp_path / "served" / "1", default(), ("generate_tokens", inputs), ("score", inputs))
+    loop = ("loop of 8", {**inputs, "cache_length": np.int32(40)})
+    requests = default(), ("generate_tokens", inputs), ("score", inputs), generate(), loop
+    texts, tokens, scores, numbered, looped = ask(tmp_path / "served" / "1", *requests)
     assert decoded(texts["completions"]) == lm.generate(TEXTS, max_new_tokens=N, strip_prompt=True)
+    plain = lm.generate(TEXTS, max_new_tokens=N, sampler="greedy", strip_prompt=True)
+    assert decoded(numbered["completions"]) == plain != decoded(texts["completions"])
+    steps = lm.generate(inputs, max_new_tokens=8, sampler="greedy", stop_token_ids=None, strip_prompt=True)["token_ids"]
+    assert np.array_equal(looped["token_ids"], steps[:, :8])
     expected = lm.generate(inputs, max_new_tokens=N)
     width = tokens["token_ids"].shape[1]
     assert np.array_equal(tokens["padding_mask"], expected["padding_mask"][:, :width])
@@ -100,6 +110,61 @@ def test_text_needs_a_preprocessor(tmp_path, tiny):
     for arguments in ({"signatures": ["generate"]}, {"chat": True}):
         with pytest.raises(ValueError, match="need a model with a preprocessor"):
             lm.export(tmp_path / "served", **arguments)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Named(Gemma2CausalLMPreprocessor):
+    """Known to this process alone."""
+
+
+class Shouting(Gemma2CausalLMPreprocessor):
+    def generate_preprocess(self, x, sequence_length=None):
+        return super().generate_preprocess([text.upper() for text in x], sequence_length)
+
+
+def test_subclasses_of_a_preprocessor(tmp_path, lm):
+    backbone, tokenizer = lm.backbone, lm.preprocessor.tokenizer
+    named = Gemma2CausalLM(backbone, Named(tokenizer, add_start_token=False))
+    named.export(tmp_path / "served", max_new_tokens=N, sampler="greedy", signatures=["serving_default"])
+    (found,) = ask(tmp_path / "served", default(TEXTS[2:]))
+    assert decoded(found["completions"]) == named.generate(TEXTS[2:], max_new_tokens=N, sampler="greedy", strip_prompt=True)
+    with pytest.raises(ValueError, match="Shouting, whose `generate_preprocess` differ"):
+        Gemma2CausalLM(backbone, Shouting(tokenizer)).export(tmp_path / "other")
+
+
+class Swearing(Gemma2Tokenizer):
+    def detokenize(self, inputs):
+        return super().detokenize(inputs).replace("a", "*")
+
+
+def test_subclasses_of_a_tokenizer(tmp_path, lm):
+    preprocessor = Gemma2CausalLMPreprocessor(Swearing(lm.preprocessor.tokenizer.proto))
+    with pytest.raises(ValueError, match="Swearing, whose `detokenize` differ"):
+        Gemma2CausalLM(lm.backbone, preprocessor).export(tmp_path / "served", signatures=["generate"])
+
+
+def test_settings_survive_json(lm):
+    sampler = Sampler(0.7, 5, 0.9, repetition_penalty=1.2, logit_bias={7: -2.5})
+    settings = saved_model.read_settings(lm, 33, sampler, True, [1, 9], ["generate", "score"])
+    carried = json.loads(json.dumps(saved_model._settings_config(settings)))
+    assert saved_model.settings_from_config(carried) == settings
+
+
+def test_what_is_not_installed_is_told_first(tmp_path, lm, monkeypatch, capsys):
+    find, missing = importlib.util.find_spec, []
+    monkeypatch.setattr(Gemma2CausalLM, "from_preset", lambda *arguments, **options: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
+    for missing[:], words in ((["tensorflow"], "written by TensorFlow"), (["tensorflow_text"], "signatures=.'generate_tokens'")):
+        with pytest.raises(ImportError, match=words):
+            lm.export(tmp_path / "served")
+        assert main(["export", "gemma2_mini_en", str(tmp_path / "served")]) == 2
+        assert re.search(f"not installed.*pip install {missing[0].replace('_', '-')}", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_accelerators_process_does_not_trace(monkeypatch):
+    monkeypatch.setattr("keras_gemma2.backend.on_accelerator", lambda: True)
+    assert not saved_model._traces_here()
 
 
 def test_folders_that_hold_something(tmp_path, lm, monkeypatch):
@@ -176,6 +241,34 @@ def test_the_command(tmp_path):
         check=True,
     )
     assert 'SignatureDef key: "serving_default"' in shown.stdout and 'SignatureDef key: "decode_step"' in shown.stdout
+
+
+@pytest.mark.backend_free
+def test_the_commands_other_options(tmp_path):
+    """Codes, an adapter that goes along, chat, sampling, chosen signatures, and a folder that holds an export."""
+    lm = Gemma2CausalLM.from_preset("gemma2_mini_en", quantize="int8")
+    lm.enable_lora(rank=4, targets=["down"])
+    draw = np.random.default_rng(1)
+    for variable in lm.trainable_variables:
+        variable.assign(draw.normal(0, 0.1, variable.shape))
+    lm.save_adapter(tmp_path / "adapter")
+    target = tmp_path / "1"
+    command = [sys.executable, "-m", "keras_gemma2", "export", "gemma2_mini_en", str(target), "--max-new-tokens", "12"]
+    command += ["--quantize", "int8", "--adapter", str(tmp_path / "adapter"), "--chat", "--temperature", "0.7", "--top-k", "1"]
+    target.mkdir()
+    for name in ("notes.txt", "saved_model.pb"):
+        (target / name).write_text("old")
+    subprocess.run([*command, "--overwrite", "--signatures", "serving_default"], capture_output=True, text=True, check=True)
+    assert (target / "notes.txt").read_text() == "old"
+    messages = ["What is the state of our union?", "Who are you?"]
+    (found,) = ask(target, default(messages))
+    # One of the likeliest: greedy. Compiled code may round activations for int8 otherwise: the answers begin alike.
+    expected = [lm.chat([{"role": "user", "content": text}], max_new_tokens=12, sampler="greedy") for text in messages]
+    assert [text[:8] for text in decoded(found["completions"])] == [text[:8] for text in expected]
+    with lm.backbone.adapter_set.only(None):
+        plain = [lm.chat([{"role": "user", "content": text}], max_new_tokens=12, sampler="greedy") for text in messages]
+    assert [text[:8] for text in plain] != [text[:8] for text in expected]
+    assert data_bytes(target) < 1.1 * all_bytes(lm)
 
 
 def test_a_failing_process_says_why(tmp_path, lm, monkeypatch):

@@ -14,6 +14,8 @@ import tempfile
 from typing import Any
 
 from keras_gemma2.export.failures import disk_error, disk_errors
+from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
+from keras_gemma2.tokenizer import Gemma2Tokenizer
 
 LINES_OF_ERRORS = 12
 # Imports what the caller's process would, wherever that was started from.
@@ -39,7 +41,7 @@ def write_elsewhere(lm: Any, folder: str, backend: str, format: str, settings: d
         if adapters.active is not None:  # as it is, and not merged: codes of 8 or 4 bits could not hold the sum
             lm.save_adapter(os.path.join(place, "adapter"))
         with adapters.only(None):
-            lm.save_to_preset(os.path.join(place, "preset"))
+            _save_parts(lm, os.path.join(place, "preset"))
         with open(os.path.join(place, "settings.json"), "w", encoding="utf-8") as file:
             json.dump({"format": format, "settings": settings}, file)
         # On the CPU, whatever the devices are: those may be this process's.
@@ -55,6 +57,15 @@ def write_elsewhere(lm: Any, folder: str, backend: str, format: str, settings: d
     if done.returncode:
         lines = "\n".join(done.stderr.strip().splitlines()[-LINES_OF_ERRORS:])
         raise disk_error(lines) or RuntimeError(f"The process that writes the {format} ended with code {done.returncode}:\n{lines}")
+
+
+def _save_parts(lm: Any, preset: str) -> None:
+    """Saves a model as this package's classes, which are all that the other process knows."""
+    lm.backbone.save_to_preset(preset)
+    given = lm.preprocessor
+    if given is not None:
+        tokenizer = Gemma2Tokenizer(given.tokenizer.proto, extra_stop_token_ids=given.tokenizer.extra_stop_token_ids)
+        Gemma2CausalLMPreprocessor(tokenizer, add_start_token=given.add_start_token).save_to_preset(preset)
 
 
 def main() -> None:

@@ -113,8 +113,8 @@ prompt and new tokens |
         Completions are without the prompt. Greedy ones are those of `generate` (`chat`, with `chat=True`); drawn ones follow the
         same distribution, with other draws. A wrong input is an `InvalidArgumentError` that names it.
 
-        With JAX or PyTorch as the backend, another process writes it, which reads the weights from files beside the folder: for a
-        while the disk holds them twice, and the two processes hold them once each.
+        With JAX or PyTorch as the backend, or on an accelerator, another process writes it, which reads the weights from files
+        beside the folder: for a while the disk holds them twice, and the two processes hold them once each.
 
         Args:
             folder: to write, with its parents; `~` is expanded. TensorFlow Serving wants it to be a number: `./served/1`.
@@ -124,14 +124,15 @@ prompt and new tokens |
                 plain text. Else they are texts to continue.
             stop_token_ids: as `generate` takes them.
             signatures: names of those to write; None for all that the model can have. Without the first two, TensorFlow Text is not
-                needed.
+                needed. Without `serving_default`, the first of the table's that is written has that name as well, as TensorFlow
+                Serving asks for it when a request names none.
             overwrite: whether the folder may hold something: an export in it, of whatever format, is replaced, other files stay.
 
         Raises:
             ValueError: for a sampler that needs Python (a `logits_processor`, keras-hub's), unknown signatures, signatures of text
-                of a model without a preprocessor, or numbers out of range.
+                of a model without a preprocessor or with one whose reading a subclass has changed, or numbers out of range.
             CheckpointError: for a folder that is not empty or cannot be written, or a full disk. Nothing is left half-written.
-            ImportError: where TensorFlow is missing.
+            ImportError: where TensorFlow is missing, or TensorFlow Text for signatures of text.
             RuntimeError: if the other process fails, with what it said; killed for memory, most likely, if it said nothing.
 
         Example:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_gemma2 import backend
 from keras_gemma2.export.elsewhere import write_elsewhere
 from keras_gemma2.export.failures import disk_errors
 from keras_gemma2.export.formats import owned_files
@@ -15,7 +16,15 @@ from keras_gemma2.export.signatures import SIGNATURES, TEXT_SIGNATURES, TOKEN_SI
 from keras_gemma2.from_preset import weights_bytes
 from keras_gemma2.generation.requests import GREEDY, check_length, read_sampler, read_stop_token_ids
 from keras_gemma2.generation.sampler import Sampler
+from keras_gemma2.preprocessor import Gemma2CausalLMPreprocessor
 from keras_gemma2.staging import replacing_folder
+from keras_gemma2.tokenizer import Gemma2Tokenizer
+
+# What makes tokens of texts and texts of tokens, of each class.
+_READING = (
+    (Gemma2CausalLMPreprocessor, ("generate_preprocess", "generate_postprocess", "prompt_ids", "_pack", "_start_pattern")),
+    (Gemma2Tokenizer, ("tokenize", "detokenize")),
+)
 
 
 def write_folder(lm: Any, target: str, settings: Settings) -> None:
@@ -26,8 +35,7 @@ def write_folder(lm: Any, target: str, settings: Settings) -> None:
         ImportError: where TensorFlow is missing.
         RuntimeError: if the process that writes fails.
     """
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError("A SavedModel is written by TensorFlow, which is not installed. Install with: pip install tensorflow")
+    check_installed(settings.signatures)
     size, here = weights_bytes(lm.backbone), _traces_here()
     owned = owned_files(target, ())
     with replacing_folder(target, size if here else 2 * size, owned) as staging, disk_errors():
@@ -37,8 +45,20 @@ def write_folder(lm: Any, target: str, settings: Settings) -> None:
             write_elsewhere(lm, staging, "tensorflow", "tf_saved_model", _settings_config(settings))
 
 
+def check_installed(signatures: Sequence[str]) -> None:
+    """Raises an ImportError before any work if what some signatures need is missing."""
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError("A SavedModel is written by TensorFlow, which is not installed. Install with: pip install tensorflow")
+    if set(signatures) & set(TEXT_SIGNATURES) and importlib.util.find_spec("tensorflow_text") is None:
+        raise ImportError(
+            "Signatures of text need TensorFlow Text, which is not installed. Install with: pip install tensorflow-text, or pass "
+            f"`signatures={list(TOKEN_SIGNATURES)}`."
+        )
+
+
 def _traces_here() -> bool:
-    return keras.backend.backend() == "tensorflow"
+    """Whether this process traces: TensorFlow's, on a CPU (a graph traced for a GPU reads caches in other blocks)."""
+    return keras.backend.backend() == "tensorflow" and not backend.on_accelerator()
 
 
 def write(lm: Any, folder: str, settings: Settings) -> None:
@@ -79,10 +99,24 @@ def read_settings(
             "Signatures of text, and `chat`, need a model with a preprocessor. Pass `preprocessor=` to Gemma2CausalLM, or "
             f"`signatures={list(TOKEN_SIGNATURES)}`. Received: signatures={list(names)}, chat={chat}."
         )
+    if set(names) & set(TEXT_SIGNATURES):
+        _check_preprocessor(lm.preprocessor)
     if lm.preprocessor is None and stop_token_ids == "auto":
         stop_token_ids = None
     max_new_tokens = min(max_new_tokens, lm.backbone.config.max_sequence_length)  # there is no room for more
     return Settings(max_new_tokens, chosen, bool(chat), read_stop_token_ids(lm, stop_token_ids), names)
+
+
+def _check_preprocessor(preprocessor: Any) -> None:
+    """Refuses one that reads texts in a way of its own, which a graph would not follow."""
+    for given, (ours, names) in zip((preprocessor, preprocessor.tokenizer), _READING):
+        changed = [name for name in names if getattr(type(given), name, None) is not getattr(ours, name)]
+        if changed:
+            raise ValueError(
+                f"Signatures of text read as {ours.__name__} does, and the Python code of another class is in no graph. Pass "
+                f"`signatures={list(TOKEN_SIGNATURES)}`, and make tokens of texts before. Received: a model with a "
+                f"{type(given).__name__}, whose {', '.join(f'`{name}`' for name in changed)} differ."
+            )
 
 
 def _possible(lm: Any) -> tuple[str, ...]:
