@@ -20,11 +20,11 @@ LENGTH = 256
 
 
 @contextlib.contextmanager
-def running(lm, size=4, queue_size=64, limits=None, **options):
+def running(lm, size=4, queue_size=64, limits=None, length=LENGTH, adapters=(), **options):
     """A server behind a guard, if there are limits: its address and its engine."""
-    engine = Engine(lambda: Batch(lm.backbone, size, LENGTH, kept=1), queue_size)
+    engine = Engine(lambda: Batch(lm.backbone, size, length, kept=1, adapters=adapters), queue_size)
     metrics = Metrics(engine)
-    app = make_app(Served(engine, lm.preprocessor, "mini", length=LENGTH, metrics=metrics, **options))
+    app = make_app(Served(engine, lm.preprocessor, "mini", adapters, length, metrics=metrics, **options))
     app = metrics.counting(app if limits is None else Guard(app, limits), PATHS)
     engine.start()
     try:

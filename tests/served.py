@@ -24,8 +24,8 @@ def main():
             answers.append({key: value.numpy() for key, value in output.items()})
         except tf.errors.InvalidArgumentError as error:
             answers.append(str(error))
-    ours = sorted(name for name in sys.modules if name.partition(".")[0] in ("keras_gemma2", "keras_hub", "tensorflow_text"))
-    pickle.dump((answers, ours), sys.stdout.buffer)
+    unwanted = {"keras_gemma2", "keras_hub", "tensorflow_text"}  # TensorFlow imports Keras by itself
+    pickle.dump((answers, unwanted & {name.partition(".")[0] for name in sys.modules}), sys.stdout.buffer)
 
 
 def loop(tf, served, name, tensors):

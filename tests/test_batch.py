@@ -6,6 +6,7 @@ import pytest
 from exported import small_lm
 
 from keras_gemma2 import Sampler
+from keras_gemma2.serving import batch as batch_module
 from keras_gemma2.serving.batch import PIECE, Batch
 from keras_gemma2.serving.jobs import Job
 from keras_gemma2.serving.rows import Rows
@@ -15,7 +16,8 @@ SAMPLED = Sampler(temperature=1.5, top_k=50, top_p=0.95)
 
 @pytest.fixture(scope="module")
 def lm():
-    return small_lm(max_sequence_length=1400, sliding_window_size=100)
+    """A local and a global layer: each of its many shapes is compiled."""
+    return small_lm(num_layers=2, max_sequence_length=1400, sliding_window_size=100)
 
 
 def prompt(length, seed=0):
@@ -47,6 +49,13 @@ def run(batch, arrivals):
     return chosen
 
 
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of 64 tokens and short prompts of 32: a warm-up compiles every size there is."""
+    monkeypatch.setattr(batch_module, "PIECE", 64)
+    monkeypatch.setattr(batch_module, "SHORT_PROMPT", 32)
+
+
 def compilations():
     """A list to which every compilation from now on is added; on JAX, which says so. Others are known by their sizes only."""
     found = []
@@ -74,20 +83,60 @@ def test_first_pieces_are_little_longer_than_their_prompts(lm):
         batch.rows.forget()
 
 
-def test_jobs_come_and_go(lm):
-    """Greedy and drawn, short and of several pieces, three at a time of nine; nothing is compiled after the warm-up."""
-    batch = Batch(lm.backbone, 3, 1400)
+def test_jobs_come_and_go(lm, small_pieces):
+    """Greedy and drawn, short and of several pieces, four at a time of nine; nothing is compiled after the warm-up."""
+    batch = Batch(lm.backbone, 4, 1400)
     batch.warm_up()
     known, compiled = set(batch.shapes), compilations()
-    lengths = [(1, 12), (PIECE + 90, 7), (5, 20), (17, 1), (2 * PIECE, 5), (40, 15), (3, 9), (PIECE + 1, 3), (130, 4)]
+    lengths = [(5, 20), (30, 15), (1, 12), (17, 2), (154, 7), (2 * 64, 5), (3, 9), (65, 3), (40, 4)]
     jobs = [make(n, new, seed=i, sampler=SAMPLED if i % 2 else Sampler(temperature=0)) for i, (n, new) in enumerate(lengths)]
-    chosen = run(batch, [(2 * i, job) for i, job in enumerate(jobs)])
+    chosen = run(batch, [(2 * (i // 4), job) for i, job in enumerate(jobs)])
     assert batch.shapes == known and not compiled
     for job, (length, new) in zip(jobs, lengths):
         assert job.token_ids == alone(lm, job, new), length
         assert [one.token_id for one in chosen if one.job is job] == job.token_ids[length:]
         assert job.finish_reason == "length" and job.row is None
     assert batch.prefilled == sum(length for length, _ in lengths) and batch.reused == 0
+
+
+def test_short_prompts_run_together(lm):
+    """Three or four with one adapter in a call; a long one by itself, and what waits behind it; all get their own tokens."""
+    batch = Batch(lm.backbone, 6, 256)
+
+    def together(*lengths, adapters=()):
+        jobs = [make(n, 3, seed=i) for i, n in enumerate(lengths)]
+        for job, adapter in zip(jobs, adapters):
+            job.adapter = adapter
+        return [[len(job.prompt) for job in jobs] for jobs in batch._next_prompts(jobs)]
+
+    assert together() == [] and together(7) == [[7]] and together(7, 8) == [[7], [8]] and together(7, 8, 9) == [[7, 8, 9]]
+    assert together(7, 8, 65, 9, 64, 10) == [[7, 8, 9, 64]]
+    assert together(65, 7, 8, 9) == [[65], [7]] and together(200, 7, 8, 9) == [[200]]
+    assert together(7, 8, 9, 10, adapters=(None, "other")) == [[7, 9, 10]]
+    assert Batch(lm.backbone, 3, 256)._next_prompts([make(n, 3) for n in (7, 8, 9)])[1:] != []
+    jobs = [make(n, 6, seed=n, sampler=SAMPLED if n % 2 else Sampler(temperature=0)) for n in (30, 7, 41, 12, 9, 2)]
+    run(batch, [(0, job) for job in jobs])
+    assert ((4, 48), (4,)) in [sizes for name, _, _, sizes in batch.shapes if name == "first piece"]
+    for job in jobs:
+        assert job.token_ids == alone(lm, job, 6)
+
+
+def test_streams_flow_between_the_pieces_of_a_long_prompt(lm):
+    """Every step that runs a piece gives those that answer a token each."""
+    batch, answering, long = Batch(lm.backbone, 3, 1400), [make(5, 20), make(40, 20, seed=1)], make(4 * PIECE + 9, 3, seed=2)
+    for job in answering:
+        batch.add(job)
+    while any(len(job.token_ids) == len(job.prompt) for job in answering):
+        batch.step()
+    batch.add(long)
+    steps = 0
+    while len(long.token_ids) == len(long.prompt):
+        assert {one.job for one in batch.step()} >= set(answering)
+        steps += 1
+    assert steps == 5
+    run(batch, [])
+    for job, new in ((long, 3), *((job, 20) for job in answering)):
+        assert job.token_ids == alone(lm, job, new)
 
 
 def test_stops_and_removals(lm):
@@ -111,7 +160,7 @@ def test_stops_and_removals(lm):
     assert gone.finish_reason is None and len(gone.token_ids) == kept == 34
 
 
-def test_what_rows_hold_is_reused(lm):
+def test_what_rows_hold_is_reused(lm, small_pieces):
     """A conversation goes on in its row; a beginning that two share is copied, also from a job that still runs."""
     batch = Batch(lm.backbone, 3, 512, kept=1)
     batch.warm_up()
@@ -131,6 +180,7 @@ def test_what_rows_hold_is_reused(lm):
     again = Job(jobs[0].prompt, 90, SAMPLED, 0)
     run(batch, [(0, again)])
     assert again.reused == len(again.prompt) - 1 and again.token_ids == jobs[0].token_ids
+
 
 def test_rows_that_keep_what_ended():
     """Jobs run in the first rows; what these held goes to the ones behind, the oldest of which are given up."""
@@ -170,7 +220,7 @@ def test_rings_that_have_turned_are_not_reused(lm):
 
 def test_adapters_share_the_rows():
     """Jobs with two adapters and with none, at once; what one has run is not reused with another."""
-    lm, draw = small_lm(max_sequence_length=256, sliding_window_size=100), np.random.default_rng(1)
+    lm, draw = small_lm(num_layers=2, max_sequence_length=256, sliding_window_size=100), np.random.default_rng(1)
     for name in ("first", "second"):
         lm.enable_lora(rank=4, targets=["query", "down"], name=name)
         for variable in lm.trainable_variables:

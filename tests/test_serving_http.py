@@ -1,6 +1,7 @@
 """The HTTP interface, by OpenAI's own client and by hand, against `generate` and `chat` of the same model."""
 
 import concurrent.futures
+import gc
 import http.client
 import json
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import keras
 import numpy as np
 import openai
@@ -18,10 +20,11 @@ from http_server import PATIENCE, running
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
-from keras_gemma2 import Gemma2CausalLM, Sampler
+from keras_gemma2 import Gemma2CausalLM, Gemma2Tokenizer, Sampler
+from keras_gemma2.chat import ChatFormat
 from keras_gemma2.serving.bodies import Bodies, token_text
 from keras_gemma2.serving.choices import Piece
-from keras_gemma2.serving.jobs import Chosen
+from keras_gemma2.serving.jobs import Chosen, Job
 from keras_gemma2.serving.schema import CompletionRequest
 
 pytestmark = pytest.mark.backend_free  # the engine's tests run a model in a thread on each backend
@@ -81,6 +84,29 @@ def test_completions(lm, client):
     # A prompt counts once, however many choices it has.
     assert drawn.usage.prompt_tokens == sum(map(len, lm.preprocessor.prompt_ids([PROMPT, "Call me"])))
     assert len(client.completions.create(model="mini", prompt=PROMPT).choices[0].text) > 5  # 16 tokens, of any seed
+
+
+def test_texts_are_read_as_by_generate(lm, client):
+    """`<bos>` spelled out at the start, and elsewhere; nothing at all."""
+    for text in ("<bos>The state", "<bos><bos>", "a <bos> b", ""):
+        found = client.completions.create(model="mini", prompt=text, max_tokens=8, temperature=0)
+        assert found.choices[0].text == lm.generate(text, max_new_tokens=8, strip_prompt=True)
+        assert found.usage.prompt_tokens == len(lm.preprocessor.prompt_ids([text])[0])
+
+
+def test_stop_tokens_end_an_answer(lm, client, monkeypatch):
+    """A token's text is not in the answer; streamed and whole."""
+    options = {"model": "mini", "prompt": PROMPT, "max_tokens": 30, "temperature": 0}
+    ids = lm.preprocessor.tokenizer(lm.generate(PROMPT, max_new_tokens=30, strip_prompt=True))
+    stop = next(int(token) for place, token in enumerate(ids) if place > 4 and token not in ids[:place])
+    monkeypatch.setattr(Gemma2Tokenizer, "stop_token_ids", (stop,))
+    expected = lm.generate(PROMPT, max_new_tokens=30, stop_token_ids=[stop], strip_prompt=True)
+    found = client.completions.create(**options)
+    assert found.choices[0].finish_reason == "stop" and found.usage.completion_tokens < 30
+    events = list(client.completions.create(**options, stream=True))
+    assert events[-1].choices[0].finish_reason == "stop"
+    assert "".join(event.choices[0].text for event in events) == found.choices[0].text
+    assert expected.startswith(found.choices[0].text) and found.choices[0].text
 
 
 def test_chats(lm, client):
@@ -322,9 +348,22 @@ def test_a_full_queue(lm):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_clients_that_go_away(lm, server, stream):
-    """The job of a connection that is closed in the middle ends."""
+def test_clients_that_go_away(server, stream, monkeypatch):
+    """The jobs of a connection that is closed in the middle end, within two steps of when the server sees it."""
     address, engine = server
+    begun, cancelled, begin, cancel = [], [], engine.batch.begin, engine.cancel
+
+    def slowly():
+        begun.append(time.monotonic())
+        time.sleep(0.1)  # steps enough are left when the client goes
+        return begin()
+
+    def noted(job, *reason):
+        cancelled.append(time.monotonic())
+        cancel(job, *reason)
+
+    monkeypatch.setattr(engine.batch, "begin", slowly)
+    monkeypatch.setattr(engine, "cancel", noted)
     body = {"prompt": PROMPT, "max_tokens": 240, "temperature": 1.0, "seed": 1, "stop": "never said", "stream": stream, "n": 4}
     connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -336,13 +375,79 @@ def test_clients_that_go_away(lm, server, stream):
     connection.close()
     while engine.running and time.monotonic() < started + PATIENCE:
         time.sleep(0.001)
-    assert not engine.running and len(jobs) == 4 and any(job.finish_reason is None for job in jobs)
+    assert not engine.running and len(jobs) == 4 and all(job.finish_reason is None for job in jobs)
+    assert len(cancelled) == 4 and sum(at > cancelled[-1] for at in begun) <= 2
+
+
+def test_nothing_is_left_behind(lm):
+    """Requests of mixed lengths, some of which are refused, leave no more arrays and jobs than the first did; on JAX."""
+
+    def ask(address, seed):
+        body = {"prompt": "The state " * (1 + seed % 9), "max_tokens": 1 + seed % 13, "seed": seed, "n": 1 + seed % 2}
+        assert post(address, "/v1/completions", body)[0] == 200
+        assert post(address, "/v1/completions", body | {"max_tokens": 4000})[0] == 400
+
+    def held():
+        gc.collect()
+        jobs = sum(type(each) is Job for each in gc.get_objects())
+        return len(jax.live_arrays()), sum(each.nbytes for each in jax.live_arrays()), jobs
+
+    with running(lm, size=2) as (address, engine):
+        for seed in range(30):
+            ask(address, seed)
+        before = held()
+        for seed in range(30, 130):
+            ask(address, seed)
+        assert engine.running == engine.waiting == 0
+        # Rows that keep what ended do not hold their jobs; the last step's results may still be there.
+        after = held()
+        assert after[0] <= before[0] + 2 and after[1] <= 1.01 * before[1] and after[2] <= before[2] + 2
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_long_texts_hold_nobody_up(server, path, monkeypatch):
+    """While one is read, others are answered."""
+    address, _ = server
+    text, healthy = "long " * 1000, []
+    body = {"prompt": text} if path == "completions" else {"messages": [{"role": "user", "content": text}]}
+
+    def slow(read):
+        def reading(*arguments):
+            connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+            connection.request("GET", "/health")
+            healthy.append(connection.getresponse().status)
+            return read(*arguments)
+
+        return reading
+
+    monkeypatch.setattr(Gemma2Tokenizer, "tokenize", slow(Gemma2Tokenizer.tokenize))
+    monkeypatch.setattr(ChatFormat, "conversation", slow(ChatFormat.conversation))
+    status, _, answer = post(address, f"/v1/{path}", body)
+    assert status == 400 and "The prompt has" in answer["error"]["message"] and healthy == [200]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_texts_that_cannot_fit_are_not_read(server, path, monkeypatch):
+    """As many characters as the limit's tokens can never hold are refused at once: reading them would hold all others up."""
+    address, _ = server
+    text = "very " * 400_000
+    body = {"prompt": [PROMPT, text]} if path == "completions" else {"messages": [{"role": "user", "content": text}]}
+    monkeypatch.setattr(Gemma2Tokenizer, "tokenize", lambda *arguments: pytest.fail("it was read"))
+    status, _, answer = post(address, f"/v1/{path}", body)
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+    assert "characters" in answer["error"]["message"] and "256 tokens" in answer["error"]["message"]
+    assert answer["error"]["param"] == ("prompt" if path == "completions" else "messages")
 
 
 def test_a_time_limit(lm):
     with running(lm, time_limit=0.0) as (address, _):
         status, _, answer = post(address, "/v1/completions", {"prompt": PROMPT, "max_tokens": 50})
         assert status == 504 and "longer than this server allows" in answer["error"]["message"]
+        host, port = address
+        client = openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+        # A stream has begun with a 200: the error is an event of it.
+        with pytest.raises(openai.APIError, match="longer than this server allows"):
+            list(client.completions.create(model="mini", prompt=PROMPT, stream=True))
 
 
 def test_an_engine_that_is_closing(lm):
@@ -350,6 +455,10 @@ def test_an_engine_that_is_closing(lm):
         engine.close()
         status, _, answer = post(address, "/v1/completions", {"prompt": PROMPT})
         assert status == 503 and "about to end" in answer["error"]["message"]
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        connection.request("GET", "/ready")
+        assert connection.getresponse().status == 503
+        connection.close()
 
 
 def test_bytes_of_pieces_that_are_no_characters(lm):

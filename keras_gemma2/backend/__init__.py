@@ -21,7 +21,7 @@ FUNCTIONS = (
     "numpy_row_blocks",
     "write_slots",
     "read_slots",
-    "write_row",
+    "write_rows",
     "attention_scores",
     "step_block",
     "is_asynchronous",
@@ -63,7 +63,7 @@ track_variables = _module.track_variables
 numpy_row_blocks = _module.numpy_row_blocks
 write_slots = _module.write_slots
 read_slots = _module.read_slots
-write_row = _module.write_row
+write_rows = _module.write_rows
 attention_scores = _module.attention_scores
 step_block = _module.step_block
 is_asynchronous = _module.is_asynchronous

@@ -147,9 +147,11 @@ def read_slots(cache: jax.Array, rows: jax.Array | None, start: Any, size: int) 
     return jax_words.widened(block) if block.dtype == jnp.uint16 else block
 
 
-def write_row(cache: jax.Array, values: jax.Array, row: jax.Array) -> jax.Array:
-    """Writes `values [1, K, S, H]` into `cache [B, K, S, H]` at one row; in place where it was donated."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, values, row, axis=0)
+def write_rows(cache: jax.Array, values: jax.Array, rows: jax.Array) -> jax.Array:
+    """Writes `values [b, K, S, H]` into `cache [B, K, S, H]` at `rows [b]`, one after the other; in place where it was donated."""
+    for i in range(values.shape[0]):
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, values[i : i + 1], rows[i], axis=0)
+    return cache
 
 
 def attention_scores(queries: jax.Array, keys: jax.Array) -> jax.Array:

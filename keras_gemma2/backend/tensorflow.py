@@ -168,9 +168,9 @@ def read_slots(cache: tf.Tensor, rows: tf.Tensor | None, start: Any, size: int) 
     return block if rows is None else tf.gather(block, rows)
 
 
-def write_row(cache: tf.Tensor, values: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
-    """`cache [B, K, S, H]` with `values [1, K, S, H]` at one row."""
-    return tf.tensor_scatter_nd_update(cache, tf.reshape(row, (1, 1)), values)
+def write_rows(cache: tf.Tensor, values: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """`cache [B, K, S, H]` with `values [b, K, S, H]` at `rows [b]`; those at a row given twice must be the same."""
+    return tf.tensor_scatter_nd_update(cache, rows[:, None], values)
 
 
 def attention_scores(queries: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
@@ -264,10 +264,14 @@ def repeated(function: Callable, name: str) -> Callable:
 def counted_peak(function: Callable[[], Any]) -> int | None:
     """Bytes that a call holds at its peak beside what is there after it, on the first device; see `backend/memory.py`.
 
-    TensorFlow's pool gives nothing back to the system, so that resident memory does not tell.
+    Where TensorFlow has a pool it counts, and gives nothing back to the system, so that resident memory does not tell. It has none
+    on CPUs where it does without oneDNN, which are those without AVX-512: None.
     """
     device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
-    tf.config.experimental.reset_memory_stats(device)
+    try:
+        tf.config.experimental.reset_memory_stats(device)
+    except ValueError:  # an allocator that does not count
+        return None
     function()
     found = tf.config.experimental.get_memory_info(device)
     return found["peak"] - found["current"]

@@ -150,9 +150,9 @@ def read_slots(cache: torch.Tensor, rows: torch.Tensor | None, start: Any, size:
     return block if rows is None else block[rows]
 
 
-def write_row(cache: torch.Tensor, values: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Writes `values [1, K, S, H]` into `cache [B, K, S, H]` at one row, in place."""
-    return cache.index_copy_(0, row.reshape(1).long(), values)
+def write_rows(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Writes `values [b, K, S, H]` into `cache [B, K, S, H]` at `rows [b]`, in place; for a row given twice the same."""
+    return cache.index_copy_(0, rows.long(), values)
 
 
 def attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from keras_gemma2.chat import ChatFormat, read_messages
@@ -29,6 +32,7 @@ from keras_gemma2.serving.page import NAMES, add_page
 from keras_gemma2.serving.schema import ChatCompletionRequest, CompletionRequest, ErrorResponse
 
 PATHS = frozenset((*NAMES, "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"))
+SHORT_TEXT = 4096  # characters, of which tokens are made in a millisecond or two
 RETRY_AFTER = 2  # seconds that a client is told to wait where the queue is full
 
 
@@ -80,6 +84,7 @@ def make_app(served: Served) -> FastAPI:
         >>> uvicorn.run(make_app(Served(engine, lm.preprocessor, "gemma2_mini_en")))
     """
     app = FastAPI(title="keras_gemma2", docs_url=None, redoc_url=None)
+    check_characters = functools.partial(_check_characters, served.length, _most_characters(served.preprocessor.tokenizer))
     _add_errors(app)
     add_page(app)
     failures: dict[int | str, dict[str, Any]] = {
@@ -114,9 +119,10 @@ def make_app(served: Served) -> FastAPI:
     @app.post("/v1/completions", responses=answers)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         if isinstance(body.prompts[0], str):
-            preprocess, tokenizer = served.preprocessor, served.preprocessor.tokenizer
-            start = [tokenizer.start_token_id] if preprocess.add_start_token else []
-            prompts = [start + [int(token_id) for token_id in tokenizer(text)] for text in body.prompts]
+            for text in body.prompts:
+                check_characters(len(text), "prompt")
+            rows = await _aside(sum(map(len, body.prompts)), lambda: served.preprocessor.prompt_ids(body.prompts))
+            prompts = [[int(token_id) for token_id in row] for row in rows]
         else:
             prompts = [list(ids) for ids in body.prompts]
         return await _answer(served, body, prompts, request, chat=False)
@@ -125,8 +131,11 @@ def make_app(served: Served) -> FastAPI:
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
         roles = {"developer": "system"}
         messages = [{"role": roles.get(message.role, message.role), "content": message.text} for message in body.messages]
+        characters = sum(len(message["content"].strip()) for message in messages)
+        check_characters(characters, "messages")
+        chat_format = ChatFormat(served.preprocessor.tokenizer)
         try:
-            prompt = ChatFormat(served.preprocessor.tokenizer).conversation(read_messages(messages))
+            prompt = await _aside(characters, lambda: chat_format.conversation(read_messages(messages)))
         except (TypeError, ValueError) as error:
             raise RefusedError(400, str(error), "messages") from error
         return await _answer(served, body, [prompt], request, chat=True)
@@ -135,6 +144,33 @@ def make_app(served: Served) -> FastAPI:
 
 
 # One request ------------------------------------------------------------------------------------------------------------
+
+
+def _most_characters(tokenizer: Any) -> float:
+    """Characters that a token can stand for at most: those of the longest piece, where nothing is dropped and bytes are pieces."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    normalizer = model.normalizer_spec
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not model.trainer_spec.byte_fallback:
+        return math.inf
+    return max(len(piece.piece) for piece in model.pieces)
+
+
+def _check_characters(length: int, most: float, count: int, param: str) -> None:
+    """Refuses a text of which only the number of characters need be known: making tokens of it would hold everybody up."""
+    if count > length * most:
+        raise RefusedError(
+            400,
+            f"The prompt has {count} characters, which cannot be as few as {length} tokens, this server's limit. Shorten it.",
+            param,
+            "context_length_exceeded",
+        )
+
+
+async def _aside(characters: int, read: Callable[[], Any]) -> Any:
+    """What `read` makes of texts: in a thread if they are long, as the connections' would let nobody's tokens pass meanwhile."""
+    return await run_in_threadpool(read) if characters > SHORT_TEXT else read()
 
 
 async def _answer(served: Served, body: Any, prompts: Sequence[list[int]], request: Request, chat: bool) -> Any:

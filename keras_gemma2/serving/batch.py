@@ -1,8 +1,8 @@
 """Jobs that come and go between steps, over one set of caches: continuous batching.
 
-Every call of compiled code runs some tokens of some rows: a piece of one prompt, or the last token of several rows. Its sizes are
-few, and all are known: `Batch.warm_up` compiles them. A piece runs in a cache of one row,
-taken out and put back: XLA copies caches that a program reads before it writes to them, and of all rows that takes longer than the
+Every call of compiled code runs some tokens of some rows: a piece of one prompt, a few short prompts, or the last token of several
+rows. Its sizes are few, and all are known: `Batch.warm_up` compiles them. Prompts run in caches of their own, taken out and put
+back: XLA copies caches that a program reads before it writes to them, and of all rows that takes longer than the
 piece. Where most rows have a token to run, all rows run, for none has to be taken out then.
 
 Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models" (OSDI 2022), section 3.2, whose
@@ -30,7 +30,8 @@ from keras_gemma2.serving.rows import Rows
 
 PIECE = 256  # tokens of a prompt that run between two steps of the other rows, at most
 SHORTEST_PIECE = 16
-SHORT_PIECES = 2  # of several prompts, at most, that run between two steps
+SHORT_PIECES = 2  # of several prompts, at most, that run between two steps each by itself
+TOGETHER, SHORT_PROMPT = 4, 64  # prompts that run in one call, which reads the weights once; tokens of each, at most
 
 
 class Begun(NamedTuple):
@@ -95,9 +96,9 @@ class Batch:
         place = self.rows.take(job)
         self.reused += place.reused
         if place.saved is not None:
-            self._put(place.saved, self._taken_out(place.row))
+            self._put([place.saved], self._taken_out(place.row))
         if place.source != place.row:
-            self._put(place.row, self._taken_out(place.source))
+            self._put([place.row], self._taken_out(place.source))
 
     def remove(self, job: Job) -> None:
         """Ends a job here; one that has ended already is left alone."""
@@ -119,7 +120,7 @@ class Batch:
         """
         with backend.no_gradients():
             ready = [job for job in self.jobs if job.waiting == 1]
-            begun = [self._piece(job) for job in self._next_prompts([job for job in self.jobs if job.waiting > 1])]
+            begun = [self._piece(jobs) for jobs in self._next_prompts([job for job in self.jobs if job.waiting > 1])]
             for adapter in dict.fromkeys(job.adapter for job in ready):
                 begun.append(self._tokens([job for job in ready if job.adapter == adapter]))
             return [self._choosing(each) for each in begun if each.jobs]
@@ -136,9 +137,13 @@ class Batch:
         """Compiles everything that steps may need, by running it on rows that keep nothing of it."""
         with backend.no_gradients():
             for adapter in self._runners:
-                pieces = ((start, steps) for start in (0, 1) for steps in self._piece_sizes(start == 0))
-                where = ((np.full(1, start, "int32"), np.zeros((1, steps), "int32")) for start, steps in pieces)
-                logits = [self._prompt_logits(adapter, 0, ids, start, np.zeros(1, "int32")) for start, ids in where]
+                pieces = [(1, start, steps) for start in (0, 1) for steps in self._piece_sizes(start == 0)]
+                if self.size >= TOGETHER:
+                    pieces += [(TOGETHER, 0, steps) for steps in self._piece_sizes(True) if steps <= SHORT_PROMPT]
+                logits = []
+                for count, start, steps in pieces:
+                    where = np.array([[start], [0]], "int32").repeat(count, axis=1)
+                    logits.append(self._prompt_logits(adapter, [0] * count, np.zeros((count, steps), "int32"), *where))
                 logits += [self._step_logits(adapter, *np.zeros((4, count), "int32")) for count in self._step_sizes()]
             for each in {each.shape[0]: each for each in logits}.values():
                 nothing = np.zeros(each.shape[0], "int32")
@@ -146,7 +151,7 @@ class Batch:
                     self._choose(each, [sampler] * len(nothing), nothing, nothing)
                 self._top(each)
             for row in (0, self.size)[: len(self._caches)]:
-                self._put(row, self._taken_out(row))
+                self._put([row], self._taken_out(row))
 
     def _piece_sizes(self, first: bool) -> Iterator[int]:
         """Tokens of a prompt that may run at once; for its first piece, which most prompts have no more than, in finer steps."""
@@ -162,19 +167,28 @@ class Batch:
 
     # One step -------------------------------------------------------------------------------------------------------------
 
-    def _next_prompts(self, jobs: list[Job]) -> list[Job]:
-        """Those of which a piece runs now: the first, and others as long as all together are no longer than one piece may be."""
+    def _next_prompts(self, jobs: list[Job]) -> list[list[Job]]:
+        """Those of which a piece runs now, in as many calls: the first, and others as long as all together are no longer than one
+        piece may be."""
+        short = [job for job in jobs if not job.cached and job.waiting <= SHORT_PROMPT and job.adapter == jobs[0].adapter]
+        if jobs[:1] == short[:1] and len(short) > SHORT_PIECES and self.size >= TOGETHER:
+            return [short[:TOGETHER]]
         costs = itertools.accumulate(max(min(job.waiting, PIECE), PIECE // SHORT_PIECES) for job in jobs)
-        return [job for place, (job, cost) in enumerate(zip(jobs, costs)) if not place or cost <= PIECE]
+        return [[job] for place, (job, cost) in enumerate(zip(jobs, costs)) if not place or cost <= PIECE]
 
-    def _piece(self, job: Job) -> Begun:
-        count = min(job.waiting, PIECE)
-        token_ids = np.zeros((1, next(size for size in self._piece_sizes(not job.cached) if size >= count)), "int32")
-        token_ids[0, :count] = job.token_ids[job.cached : job.cached + count]
-        logits = self._prompt_logits(job.adapter, job.row, token_ids, *np.array([[job.cached], [count]], "int32"))
-        job.cached += count
-        self.prefilled += count
-        return Begun([] if job.waiting else [job], range(1), logits)
+    def _piece(self, jobs: list[Job]) -> Begun:
+        """A piece of a prompt, or several that are short."""
+        filled = jobs if len(jobs) == 1 else [*jobs, *jobs[:1] * (TOGETHER - len(jobs))]  # one that runs twice is the same twice
+        starts, counts = np.array([(job.cached, min(job.waiting, PIECE)) for job in filled], "int32").T
+        size = next(size for size in self._piece_sizes(not starts.any()) if size >= counts.max())
+        token_ids = np.zeros((len(filled), size), "int32")
+        for ids, job, start, count in zip(token_ids, filled, starts, counts):
+            ids[:count] = job.token_ids[start : start + count]
+        logits = self._prompt_logits(jobs[0].adapter, [job.row for job in filled], token_ids, starts, counts)
+        for job, count in zip(jobs, counts):
+            job.cached += int(count)
+            self.prefilled += int(count)
+        return Begun([job for job in jobs if not job.waiting], range(len(jobs)), logits)
 
     def _tokens(self, jobs: list[Job]) -> Begun:
         """The next token of jobs with one adapter."""
@@ -209,14 +223,17 @@ class Batch:
             top = tuple((int(a), float(b)) for a, b in zip(tops[0][i][: job.top], tops[1][i][: job.top])) if tops else ()
             yield Chosen(job, int(tokens[i]), float(logprobs[i]), top)
 
-    def _prompt_logits(self, adapter: str | None, row: int, token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> Any:
-        """Runs tokens `[1, T]` of a row, the first `counts [1]` of which are real; gives the logits `[1, V]` after the last."""
-        if starts[0]:
-            caches = self._taken_out(row)
+    def _prompt_logits(
+        self, adapter: str | None, rows: list[int], token_ids: np.ndarray, starts: np.ndarray, counts: np.ndarray
+    ) -> Any:
+        """Runs tokens `[b, T]` of some rows, the first `counts [b]` of which are real; gives the logits `[b, V]` after the last.
+        Of rows that hold something already, one at a time."""
+        if starts.any():
+            caches = self._taken_out(rows[0])
             caches, logits = self._run("piece", adapter, _run_rows, None, caches, token_ids, starts, counts)
         else:
             caches, logits = self._run("first piece", adapter, _run_first, self._room, (), token_ids, counts)
-        self._put(row, caches)
+        self._put(rows, caches)
         return logits
 
     def _step_logits(self, adapter: str | None, token_ids: np.ndarray, rows: np.ndarray, *where: np.ndarray) -> Any:
@@ -229,9 +246,11 @@ class Batch:
         part, row = self._part(row)
         return self._run(f"take out of {part}", None, _take_out, None, (), self._caches[part], np.int32(row))
 
-    def _put(self, row: int, caches: list[Cache]) -> None:
-        part, row = self._part(row)
-        self._caches[part] = self._run(f"put into {part}", None, _put_back, None, self._caches[part], caches, np.int32(row))
+    def _put(self, rows: list[int], caches: list[Cache]) -> None:
+        """Writes caches of some rows, all in the same part, to their places."""
+        part = self._part(rows[0])[0]
+        places = np.array([self._part(row)[1] for row in rows], "int32")
+        self._caches[part] = self._run(f"put into {part}", None, _put_back, None, self._caches[part], caches, places)
 
     def _part(self, row: int) -> tuple[int, int]:
         """In which of the caches a row is, and where."""
@@ -261,7 +280,7 @@ class Batch:
 
 
 def _run_first(backbone: Any, room: int, unused: tuple, token_ids: Any, counts: Any) -> tuple[Any, Any]:
-    caches = empty_caches(backbone.config, 1, room, backbone.compute_dtype)
+    caches = empty_caches(backbone.config, token_ids.shape[0], room, backbone.compute_dtype)
     return _run(backbone, caches, token_ids, Tokens(None, ops.zeros_like(counts), counts, token_ids.shape[1], fresh=True))
 
 
@@ -290,5 +309,5 @@ def _take_out(backbone: Any, key: None, unused: tuple, caches: Any, row: Any) ->
     return [tuple(ops.take(cache, ops.reshape(row, (1,)), axis=0) for cache in pair) for pair in caches]
 
 
-def _put_back(backbone: Any, key: None, caches: Any, one: Any, row: Any) -> Any:
-    return [tuple(backend.write_row(cache, new, row) for cache, new in zip(*pairs)) for pairs in zip(caches, one)]
+def _put_back(backbone: Any, key: None, caches: Any, some: Any, rows: Any) -> Any:
+    return [tuple(backend.write_rows(cache, new, rows) for cache, new in zip(*pairs)) for pairs in zip(caches, some)]

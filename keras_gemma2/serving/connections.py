@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from keras_gemma2.serving.bodies import error_body
 
 HEADER_SECONDS = 10.0
 
@@ -33,6 +36,13 @@ class PatientProtocol(AutoHTTPProtocol):
         """As asyncio has it."""
         self._forget()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's answer to what is no HTTP, in the shape of all other errors."""
+        body = json.dumps(error_body(f"This is not a request of HTTP: {msg}", "invalid_request_error")).encode()
+        lines = ["HTTP/1.1 400 Bad Request", "content-type: application/json", f"content-length: {len(body)}", "connection: close"]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
 
     @property
     def _has_request(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import json
@@ -16,6 +17,7 @@ from keras_gemma2.serving.page import NAMES
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
+DRAINED_BYTES, DRAINED_SECONDS = 256_000_000, 0.5  # of a refused body: in all, and until its next part
 # For those who watch over a server, who have no key, and for the page that asks for one.
 OPEN_PATHS = ("/health", "/ready", "/metrics", *NAMES)
 
@@ -41,9 +43,15 @@ class Limits:
 
 
 class _Refused(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        has_all: whether the whole body has arrived.
+    """
+
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.has_all = status, code, False
 
 
 class Guard:
@@ -69,6 +77,8 @@ class Guard:
         except TimeoutError:
             await _answer(send, _Refused(408, f"The request's body did not arrive within {self._limits.body_seconds:g} seconds."))
         except _Refused as refused:
+            if not refused.has_all:
+                await self._drain(headers, receive)
             await _answer(send, refused)
         else:
             if body is not None:
@@ -103,10 +113,25 @@ class Guard:
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > most:
-                raise too_large
             more = message.get("more_body", False)
+            if len(body) > most:
+                too_large.has_all = not more
+                raise too_large
         return bytes(body)
+
+    async def _drain(self, headers: dict[str, str], receive: Receive) -> None:
+        """Takes the rest of a body that is refused, while it comes: a client that still sends would see its connection reset, and
+        not the answer. One that asks before it sends is told at once."""
+        if "100-continue" in headers.get("expect", "").lower():
+            return
+        taken = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.body_seconds):
+                while taken <= DRAINED_BYTES:
+                    message = await asyncio.wait_for(receive(), DRAINED_SECONDS)
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
+                    taken += len(message.get("body", b""))
 
 
 def _is_readable(address: str) -> bool:
