@@ -2,7 +2,7 @@
 
 One line a backend at the end; fails if one fails or is not installed. A backend's files are shared out among `PARTS` processes, of
 which two run at a time where there are cores for it: what they compiled stays in memory until they end.
-Tests marked `backend_free`, which compute nothing with a backend, run with the first only. Arguments are handed to pytest;
+Tests marked `backend_free`, whose result no backend changes, run with the first only. Arguments are handed to pytest;
 `--backend NAME` (several times) picks backends, `--jobs 1` runs one after the other, as a small memory wants it.
 """
 

@@ -248,8 +248,8 @@ def stopped_after(monkeypatch):
 @pytest.mark.parametrize(
     "others",
     [
-        {"quantize": "int8", "dtype": "mixed_bfloat16", "gradient_checkpointing": True},
-        {"quantize": "int4", "pack": True, "length": 40, "rslora": True, "hold_out": 0},
+        {"quantize": "int8", "targets": ("query", "down"), "dtype": "mixed_bfloat16", "gradient_checkpointing": True},
+        {"quantize": "int4", "targets": ("query", "down"), "pack": True, "length": 40, "rslora": True, "hold_out": 0},
     ],
     ids=lambda others: others["quantize"],
 )
