@@ -1,5 +1,6 @@
 """Seeds and sizes shared by the tests."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -44,6 +45,12 @@ TINY = {
     "rope_max_wavelength": 500.0,
     "max_sequence_length": 64,
 }
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

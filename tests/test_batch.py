@@ -49,11 +49,28 @@ def run(batch, arrivals):
     return chosen
 
 
+SMALL_PIECES = {"PIECE": 64, "SHORT_PROMPT": 32}  # a warm-up compiles every size there is
+
+
+@pytest.fixture(scope="module")
+def warmed_up(lm):
+    """A batch of four rows and one kept, in small pieces."""
+    batch = Batch(lm.backbone, 4, 1400, kept=1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL_PIECES.items():
+            patch.setattr(batch_module, name, value)
+        batch.warm_up()
+    return batch
+
+
 @pytest.fixture
-def small_pieces(monkeypatch):
-    """Pieces of 64 tokens and short prompts of 32: a warm-up compiles every size there is."""
-    monkeypatch.setattr(batch_module, "PIECE", 64)
-    monkeypatch.setattr(batch_module, "SHORT_PROMPT", 32)
+def warm(warmed_up, monkeypatch):
+    """The same as if nothing had run."""
+    for name, value in SMALL_PIECES.items():
+        monkeypatch.setattr(batch_module, name, value)
+    warmed_up.rows.forget()
+    warmed_up.prefilled = warmed_up.reused = 0
+    return warmed_up
 
 
 def compilations():
@@ -70,6 +87,7 @@ def compilations():
     return found
 
 
+@pytest.mark.backend_free
 def test_first_pieces_are_little_longer_than_their_prompts(lm):
     batch = Batch(lm.backbone, 1, 300)
     sizes = list(batch._piece_sizes(True))
@@ -83,10 +101,9 @@ def test_first_pieces_are_little_longer_than_their_prompts(lm):
         batch.rows.forget()
 
 
-def test_jobs_come_and_go(lm, small_pieces):
+def test_jobs_come_and_go(lm, warm):
     """Greedy and drawn, short and of several pieces, four at a time of nine; nothing is compiled after the warm-up."""
-    batch = Batch(lm.backbone, 4, 1400)
-    batch.warm_up()
+    batch = warm
     known, compiled = set(batch.shapes), compilations()
     lengths = [(5, 20), (30, 15), (1, 12), (17, 2), (154, 7), (2 * 64, 5), (3, 9), (65, 3), (40, 4)]
     jobs = [make(n, new, seed=i, sampler=SAMPLED if i % 2 else Sampler(temperature=0)) for i, (n, new) in enumerate(lengths)]
@@ -121,6 +138,7 @@ def test_short_prompts_run_together(lm):
         assert job.token_ids == alone(lm, job, 6)
 
 
+@pytest.mark.backend_free
 def test_streams_flow_between_the_pieces_of_a_long_prompt(lm):
     """Every step that runs a piece gives those that answer a token each."""
     batch, answering, long = Batch(lm.backbone, 3, 1400), [make(5, 20), make(40, 20, seed=1)], make(4 * PIECE + 9, 3, seed=2)
@@ -139,6 +157,7 @@ def test_streams_flow_between_the_pieces_of_a_long_prompt(lm):
         assert job.token_ids == alone(lm, job, new)
 
 
+@pytest.mark.backend_free
 def test_stops_and_removals(lm):
     """A stop token ends a job and is given; one that is removed makes room at once, and leaves the others alone."""
     first = make(9, 30)
@@ -160,10 +179,9 @@ def test_stops_and_removals(lm):
     assert gone.finish_reason is None and len(gone.token_ids) == kept == 34
 
 
-def test_what_rows_hold_is_reused(lm, small_pieces):
+def test_what_rows_hold_is_reused(lm, warm):
     """A conversation goes on in its row; a beginning that two share is copied, also from a job that still runs."""
-    batch = Batch(lm.backbone, 3, 512, kept=1)
-    batch.warm_up()
+    batch = warm
     known = set(batch.shapes)
     first = make(40, 10)
     run(batch, [(0, first)])
@@ -182,6 +200,7 @@ def test_what_rows_hold_is_reused(lm, small_pieces):
     assert again.reused == len(again.prompt) - 1 and again.token_ids == jobs[0].token_ids
 
 
+@pytest.mark.backend_free
 def test_rows_that_keep_what_ended():
     """Jobs run in the first rows; what these held goes to the ones behind, the oldest of which are given up."""
     rows = Rows(2, 2, ring=1000)
@@ -205,6 +224,7 @@ def test_rows_that_keep_what_ended():
     assert [ended(seed)[3] for seed in (1, 2, 3)] == [None] * 3
 
 
+@pytest.mark.backend_free
 def test_rings_that_have_turned_are_not_reused(lm):
     """A window of 100: of 150 tokens, the first 60 are gone; all 150 can be gone on from."""
     batch = Batch(lm.backbone, 1, 512)
@@ -270,6 +290,7 @@ def test_logits_that_are_no_numbers():
     assert after.token_ids == alone(lm, after, 5)
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize(
     "job, message",
     [

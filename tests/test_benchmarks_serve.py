@@ -4,6 +4,7 @@ import argparse
 import re
 
 import pytest
+from exported import small_preset
 
 from keras_gemma2.benchmarks import serve
 from keras_gemma2.benchmarks.serve_client import Answer, stream
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.backend_free
 def test_it_prints_what_it_found(capsys):
     parser = argparse.ArgumentParser()
     serve.add_command(parser.add_subparsers())
-    arguments = ["--clients", "2", "--new-tokens", "6", "--requests", "6", "--no-peer"]
+    arguments = ["--clients", "2", "--new-tokens", "6", "--requests", "6", "--no-peer", "--preset", small_preset()]
     options = parser.parse_args(["serve", *arguments])
     options.run(options)
     printed = capsys.readouterr().out

@@ -32,6 +32,7 @@ def small_preset(tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.backend_free
 def test_generate_prints_the_text_alone(capsys, small_preset):
     options = ["--preset", small_preset, "--max-new-tokens", "12", "--seed", "3"]
     assert main(["generate", "The state of our union is", *options]) == 0
@@ -86,12 +87,14 @@ def test_plain_sampling_and_special_text(capsys, small_preset):
     assert capsys.readouterr().out.startswith("A  tab\there")
 
 
+@pytest.mark.backend_free
 def test_as_a_program_stdout_holds_the_text_alone():
     result = run("generate", "The state of our union is", "--max-new-tokens", "8", "--seed", "1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("The state of our union is") and result.stdout.count("\n") <= 2
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -183,6 +186,7 @@ def test_help_and_info_are_quick_and_import_no_backend():
         assert not imported & {"keras", "jax", "torch", "tensorflow", "numpy", "keras_hub"}
 
 
+@pytest.mark.backend_free
 @pytest.mark.parametrize("draft", ["prompt_lookup", "itself"])
 def test_a_draft_changes_no_greedy_text_and_says_what_it_was_good_for(capsys, small_preset, draft):
     arguments = ["generate", "It is", "--preset", small_preset, "--max-new-tokens", "20", "--temperature", "0"]

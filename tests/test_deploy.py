@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from exported import small_preset
 from http_server import PATIENCE, commanded
 
 from keras_gemma2.serving.app import PATHS
@@ -42,10 +43,11 @@ def test_what_is_copied_and_installed_is_there():
 
 
 def test_its_command_serves_and_ends():
-    """The very command, of the recipe's environment, but for a port that is free and the folder it is in."""
+    """The very command, of the recipe's environment, but for a port that is free, the folder it is in, and a smaller model."""
     (command,) = [yaml.safe_load(rest) for name, rest in instructions() if name == "CMD"]
     programs = os.path.dirname(sys.executable)
-    given = {**os.environ, **environment(), "PORT": "0", "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    given = {**os.environ, **environment(), "PORT": "0", "PRESET": small_preset(), "PATH": path}
     with commanded(command, given) as (process, (host, port)):
         assert host == "0.0.0.0"
         for path in ("/ready", "/health", "/"):

@@ -11,7 +11,21 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from exported import TEXTS, TOLERANCE, N, all_bytes, ask, data_bytes, decoded, default, generate, padded, prompt_rows, small_lm
+from exported import (
+    TEXTS,
+    TOLERANCE,
+    N,
+    all_bytes,
+    ask,
+    data_bytes,
+    decoded,
+    default,
+    generate,
+    padded,
+    prompt_rows,
+    small_lm,
+    small_preset,
+)
 from test_staging import unprivileged
 
 import keras_gemma2
@@ -227,7 +241,7 @@ def test_somebody_elses_folder(lm, monkeypatch):
 @pytest.mark.backend_free  # its process takes TensorFlow, whatever the backend here
 def test_the_command(tmp_path):
     target = tmp_path / "1"
-    command = [sys.executable, "-m", "keras_gemma2", "export", "gemma2_mini_en", str(target), "--max-new-tokens", "8"]
+    command = [sys.executable, "-m", "keras_gemma2", "export", small_preset(), str(target), "--max-new-tokens", "8"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"SavedModel in {target}\n"
     (found,) = ask(target, default(["The state of our union is"]))
@@ -246,14 +260,14 @@ def test_the_command(tmp_path):
 @pytest.mark.backend_free
 def test_the_commands_other_options(tmp_path):
     """Codes, an adapter that goes along, chat, sampling, chosen signatures, and a folder that holds an export."""
-    lm = Gemma2CausalLM.from_preset("gemma2_mini_en", quantize="int8")
+    lm = Gemma2CausalLM.from_preset(small_preset(), quantize="int8")
     lm.enable_lora(rank=4, targets=["down"])
     draw = np.random.default_rng(1)
     for variable in lm.trainable_variables:
         variable.assign(draw.normal(0, 0.1, variable.shape))
     lm.save_adapter(tmp_path / "adapter")
     target = tmp_path / "1"
-    command = [sys.executable, "-m", "keras_gemma2", "export", "gemma2_mini_en", str(target), "--max-new-tokens", "12"]
+    command = [sys.executable, "-m", "keras_gemma2", "export", small_preset(), str(target), "--max-new-tokens", "12"]
     command += ["--quantize", "int8", "--adapter", str(tmp_path / "adapter"), "--chat", "--temperature", "0.7", "--top-k", "1"]
     target.mkdir()
     for name in ("notes.txt", "saved_model.pb"):

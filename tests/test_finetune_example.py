@@ -22,6 +22,7 @@ def script(monkeypatch):
     return module
 
 
+@pytest.mark.backend_free
 def test_a_sentence_becomes_its_words_in_order(script):
     assert script.pair("The Union, thank God, is strong.") == {
         "prompt": "Words: god is strong thank the union\nSentence:",
@@ -32,6 +33,7 @@ def test_a_sentence_becomes_its_words_in_order(script):
     assert script.words_used("God is the word", {"prompt": "Words: god is strong the" + script.MARK}) == 0.75
 
 
+@pytest.mark.backend_free
 def test_a_small_run_writes_its_report(script, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()

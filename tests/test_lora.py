@@ -386,6 +386,7 @@ def test_generation_follows_the_values(monkeypatch):
     assert len({str(text) for text in seen}) >= 4
 
 
+@pytest.mark.backend_free
 def test_a_text_that_was_begun_goes_on_with_its_adapter():
     lm = model(num_layers=1)
     lm.enable_lora(3, 9, "all")
@@ -429,6 +430,7 @@ def test_the_backbones_own_methods_are_followed():
         lm.backbone.load_lora_weights("x.lora.h5")
 
 
+@pytest.mark.backend_free
 def test_kept_prompts_belong_to_their_adapter():
     lm = model(num_layers=1)
     lm.enable_lora(3, 9, "all")

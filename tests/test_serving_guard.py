@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+from exported import small_preset
 from http_server import PATIENCE, commanded, listening
 
 from keras_gemma2 import Gemma2CausalLM
@@ -188,14 +189,15 @@ def test_other_origins_and_names(headers, status):
 def served(*arguments, **environment):
     """`keras-gemma2 serve` on a free port: its process and its address."""
     allow_many_files()  # of the tests' own, which the server inherits
-    command = [sys.executable, "-m", "keras_gemma2", "serve", "--port", "0", "--max-length", "256", "--max-batch", "2", *arguments]
+    command = [sys.executable, "-m", "keras_gemma2", "serve", "--preset", small_preset(), "--port", "0", "--max-batch", "2"]
+    command += ["--max-length", "128", *arguments]
     return commanded(command, {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment})
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter of the embedded preset, and the model that has it."""
-    lm, draw = Gemma2CausalLM.from_preset("gemma2_mini_en", quantize="int8"), np.random.default_rng(1)
+    """An adapter of a preset, and the model that has it."""
+    lm, draw = Gemma2CausalLM.from_preset(small_preset(), quantize="int8"), np.random.default_rng(1)
     lm.enable_lora(rank=4, targets=["down"], name="tuned")
     for variable in lm.trainable_variables:
         variable.assign(draw.normal(0, 0.3, variable.shape))
@@ -226,7 +228,7 @@ def test_the_command(adapter):
         stream = http.client.HTTPConnection(*address, timeout=PATIENCE)
         waiting = http.client.HTTPConnection(*address, timeout=PATIENCE)
         waiting.connect()
-        body = {"prompt": "The", "max_tokens": 200, "temperature": 0, "stream": True}
+        body = {"prompt": "The", "max_tokens": 120, "temperature": 0, "stream": True}
         stream.request("POST", "/v1/completions", json.dumps(body), headers)
         running = stream.getresponse()
         assert running.readline().startswith(b"data: {")

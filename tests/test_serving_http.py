@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import openai
 import pytest
+from exported import small_preset
 from http_server import PATIENCE, running
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
@@ -34,7 +35,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 @pytest.fixture(scope="module")
 def lm():
-    return Gemma2CausalLM.from_preset("gemma2_mini_en", dtype="float32")
+    return Gemma2CausalLM.from_preset(small_preset())
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exported import TOLERANCE, ask, decoded, default, generate, padded, prompt_rows
+from exported import TOLERANCE, ask, decoded, default, generate, padded, prompt_rows, small_preset
 
 pytestmark = pytest.mark.backend_free  # other processes compute, with TensorFlow, whatever the backend here
 
@@ -30,7 +30,7 @@ REQUESTS = {
 
 
 def export(folder, *arguments):
-    command = [sys.executable, "-m", "keras_gemma2", "export", "gemma2_mini_en", str(folder), "--max-new-tokens", "8", *arguments]
+    command = [sys.executable, "-m", "keras_gemma2", "export", small_preset(), str(folder), "--max-new-tokens", "8", *arguments]
     subprocess.run(command, check=True)
     return folder
 

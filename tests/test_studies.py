@@ -87,6 +87,7 @@ def test_a_comparison_trains_both_arms_on_each_seed(flags, tmp_path, monkeypatch
     assert "seeds 5, 6 draw" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.backend_free
 def test_the_window_study_changes_the_window_alone(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "WINDOWS", (128, 32, 2))
     monkeypatch.setattr(studies, "WINDOW_CONTEXT", 64)
@@ -104,6 +105,7 @@ def test_the_window_study_changes_the_window_alone(flags, tmp_path, monkeypatch)
     check_picture(tmp_path / "output" / "studies_window.png")
 
 
+@pytest.mark.backend_free
 def test_distillation_trains_each_student_both_ways(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "STUDENTS", (studies.Arm("tiny", "tiny", studies.MEDIUM | SMALL),))
     studies.main(["distillation", *flags, "--seeds", "0", "1"])

@@ -154,11 +154,14 @@ class Batch:
                 self._put([row], self._taken_out(row))
 
     def _piece_sizes(self, first: bool) -> Iterator[int]:
-        """Tokens of a prompt that may run at once; for its first piece, which most prompts have no more than, in finer steps."""
+        """Tokens of a prompt that may run at once; for its first piece, which most prompts have no more than, in finer steps.
+        None is longer than the longest prompt needs."""
         for size in (1 << power for power in range(SHORTEST_PIECE.bit_length() - 1, PIECE.bit_length())):
             if first and size > 2 * SHORTEST_PIECE:
                 yield size * 3 // 4
             yield size
+            if size >= self.length:
+                return
 
     def _step_sizes(self) -> Iterator[int]:
         """Rows of which a token each may run at once."""
