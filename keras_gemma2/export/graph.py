@@ -20,7 +20,8 @@ from keras_gemma2.generation.drawing import log_probability
 from keras_gemma2.layers.linear import Linear
 
 PIECE, SHORTEST_PIECE, TOKENS_A_PIECE = 512, 32, 8192  # tokens of a row that run at a time, and of all rows
-SCORED = 256  # tokens whose logits are in memory at once when texts are scored
+SCORED = 128  # tokens whose logits are in memory at once when texts are scored
+LARGEST_CAP = 40.0  # of logits, with which `exp(-2 cap)` is a float32 of full precision
 # (marks, logits [B, V], step) -> (int32 tokens [B], -1 where the logits are no numbers, and the marks).
 Choose = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -265,8 +266,8 @@ def scored(graph: Graph, rows: Rows) -> Any:
     targets = tf.pad(tf.reshape(rows.token_ids[:, 1:], [total]), fill)
 
     def score(i: Any, found: Any) -> tuple[Any, Any]:
-        logits = graph.logits(tf.slice(hidden, [i * SCORED, 0], [SCORED, width]))
-        return i + 1, found.write(i, log_probability(logits, tf.slice(targets, [i * SCORED], [SCORED])))
+        some = tf.slice(hidden, [i * SCORED, 0], [SCORED, width])
+        return i + 1, found.write(i, _log_probability(graph, some, tf.slice(targets, [i * SCORED], [SCORED])))
 
     found = tf.TensorArray(tf.float32, blocks, element_shape=[SCORED])
     _, found = tf.while_loop(lambda i, _: i < blocks, score, (tf.constant(0), found), parallel_iterations=1)
@@ -274,3 +275,35 @@ def scored(graph: Graph, rows: Rows) -> Any:
     scores = tf.pad(scores, [[0, 0], [1, 0]])[:, :length]
     known = tf.range(length)[None, :] < rows.counts[:, None]
     return tf.where(known, scores, 0.0)
+
+
+def _log_probability(graph: Graph, hidden: Any, tokens: Any) -> Any:
+    """Float32 `[n]`: the log-probability of `tokens [n]` after `hidden [n, D]`.
+
+    A capped logit is `c tanh(z / c) = c - 2 c sigmoid(-2 z / c)`: of logits so written the largest that there can be is known, so
+    that they are looked at once, and sigmoids take TensorFlow less time than tanh. And where the table is several variables, logits
+    are taken from one after the other, and not put together.
+    """
+    import tensorflow as tf
+
+    from keras_gemma2.backend.tensorflow_graph import parts_of, transposed_product
+
+    embedding = graph.backbone.token_embedding
+    cap = embedding.logit_soft_cap
+    if embedding.quantization_mode is not None or cap is None or cap > LARGEST_CAP:
+        return log_probability(graph.logits(hidden), tokens)
+    is_float32 = embedding.compute_dtype == embedding.variable_dtype == "float32"
+    count = tf.range(tf.shape(tokens)[0])
+    total, chosen, first = tf.zeros_like(tokens, tf.float32), tf.zeros_like(tokens, tf.float32), 0
+    for part in parts_of(embedding.embeddings):
+        if is_float32:
+            doubled = transposed_product(hidden * (-2.0 / cap), part)
+        else:
+            doubled = tf.transpose(backend.linear(hidden, part, embedding.compute_dtype, float32_output=True)) * (-2.0 / cap)
+        below = tf.sigmoid(doubled) * (2.0 * cap)  # [V, n]: how far under the cap
+        total += tf.reduce_sum(tf.exp(-below), axis=0)
+        index = tokens - first
+        here = tf.logical_and(index >= 0, index < part.shape[0])
+        chosen = tf.where(here, tf.gather_nd(below, tf.stack([tf.where(here, index, 0), count], axis=1)), chosen)
+        first += part.shape[0]
+    return -chosen - tf.math.log(total)
