@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from keras_gemma2 import backend
 from keras_gemma2.adapter_set import AdapterSet
 from keras_gemma2.lora import LoraSettings, check_adapter_name
 
@@ -120,8 +121,11 @@ class HasAdapters:
 
         adapters = self._adapters
         name = adapters.known(name)
-        arrays = {path: factors.arrays() for path, factors in adapters.factors(name).items()}
-        write_adapter(folder, adapters.settings[name], arrays, adapters.config)
+        found = adapters.factors(name)
+        with backend.writing([variable for factors in found.values() for variable in factors.weights]) as is_writer:
+            if is_writer:
+                arrays = {path: factors.arrays() for path, factors in found.items()}
+                write_adapter(folder, adapters.settings[name], arrays, adapters.config)
 
     def load_adapter(self, folder: Any, name: str | None = None) -> None:
         """Reads an adapter in PEFT's format, activates it, and freezes all else, as `enable_lora` does.

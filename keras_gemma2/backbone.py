@@ -14,6 +14,7 @@ from keras import ops
 from keras_gemma2.adapter_set import AdapterSet
 from keras_gemma2.adapters import DEFAULT, HasAdapters
 from keras_gemma2.config import Gemma2Config
+from keras_gemma2.distribution import Gemma2LayoutMap, layout_map, settle_current
 from keras_gemma2.from_preset import FromPreset
 from keras_gemma2.inputs import check_keywords, check_token_inputs
 from keras_gemma2.layers import (
@@ -113,6 +114,7 @@ class Gemma2Backbone(HasAdapters, QuantizableContainer, FromPreset, keras_hub.mo
         )
         check_policy(dtype)
         _warn_about_float16(dtype)
+        settle_current(config, keras.dtype_policies.get(dtype).quantization_mode)
         self.config = config
         self.token_embedding = TiedEmbedding(
             vocabulary_size, hidden_dim, config.final_logit_soft_cap, dtype=dtype, name="token_embedding"
@@ -238,6 +240,36 @@ class Gemma2Backbone(HasAdapters, QuantizableContainer, FromPreset, keras_hub.mo
         """
         raise NotImplementedError("Adapters are read by `load_adapter(folder)`, in PEFT's format, and written by `save_adapter`.")
 
+    @staticmethod
+    def get_layout_map(
+        mesh: keras.distribution.DeviceMesh,
+        model_parallel_dim_name: str = "model",
+        data_parallel_dim_name: str = "batch",
+        fully_sharded: bool = False,
+    ) -> Gemma2LayoutMap:
+        """Along which axes of a mesh each weight is split, for `keras.distribution.ModelParallel` on JAX.
+
+        Query heads, the feed-forward and the vocabulary are split along the model's axis; so are key and value heads where they
+        divide, and where they do not they are whole on each device. Norms are whole. A model that is built settles the map for its
+        sizes.
+
+        Args:
+            mesh: with both axes, such as `keras_gemma2.distribution.make_mesh` makes.
+            model_parallel_dim_name: the axis that heads are split along.
+            data_parallel_dim_name: the axis that rows of data are split along.
+            fully_sharded: whether weights are split along that one, too, as ZeRO's third stage has it.
+
+        Raises:
+            ValueError: for axes that the mesh has not; by models that are built, if they do not divide, naming the sizes that do.
+            TypeError: if `mesh` is no `DeviceMesh`.
+
+        Example:
+            >>> mesh = keras_gemma2.distribution.make_mesh(batch=2, model=4)
+            >>> layouts = Gemma2Backbone.get_layout_map(mesh)
+            >>> keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+        """
+        return layout_map(mesh, model_parallel_dim_name, data_parallel_dim_name, fully_sharded)
+
     def _adapters_changed(self) -> None:
         self.train_function = self.test_function = self.predict_function = None
 
@@ -264,6 +296,7 @@ class Gemma2Backbone(HasAdapters, QuantizableContainer, FromPreset, keras_hub.mo
             >>> backbone.dtype_policy.name
             'int8_from_float32'
         """
+        settle_current(self.config, mode)
         super().quantize(mode, config=config)
         self.train_function = self.test_function = self.predict_function = None  # compiled with the variables there were
         self._post_quantize(mode)

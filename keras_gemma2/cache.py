@@ -143,10 +143,7 @@ class LayerCache:
         positions, ends = self.tokens.positions, (self.tokens.starts + self.tokens.counts)[:, None]
         kept = ops.logical_and(positions < ends, positions >= ends - self.slots)
         slots = self.slots + ops.cast(kept, "int32") * (positions % self.slots - self.slots)
-        rows = self.tokens.rows
-        if rows is None:
-            rows = ops.arange(ops.shape(keys)[0], dtype="int32")
-        self.stored = tuple(backend.write_slots(x, new, rows, slots) for x, new in zip(self.stored, (keys, values)))
+        self.stored = tuple(backend.write_slots(x, new, self.tokens.rows, slots) for x, new in zip(self.stored, (keys, values)))
 
 
 def empty_caches(config: Any, batch: int, length: int, compute_dtype: str, slack: int = 0) -> list[Cache]:
@@ -163,7 +160,7 @@ def empty_caches(config: Any, batch: int, length: int, compute_dtype: str, slack
 
     def empty(kind: str) -> Any:
         slots = cache_slots(length, config.window(kind), slack)
-        return ops.zeros((batch, config.num_key_value_heads, slots + 1, config.head_dim), dtype)
+        return backend.empty_cache((batch, config.num_key_value_heads, slots + 1, config.head_dim), dtype)
 
     return [(empty(kind), empty(kind)) for kind in config.layer_types]
 

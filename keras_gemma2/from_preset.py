@@ -83,22 +83,26 @@ class FromPreset:
         """
         if format not in FORMATS:
             raise ValueError(f"`format` must be one of {FORMATS}. Received: {format!r}.")
-        target = folder_path(preset_dir, "preset_dir")
         backbone, tokenizer, owned = _parts(self)
         if backbone is None and kwargs:
             raise TypeError(f"`{type(self).__name__}.save_to_preset` takes `preset_dir` and `format` only. Received: {[*kwargs]}.")
         if "max_shard_size" in kwargs:
             kwargs["max_shard_size"] = _gigabytes(kwargs["max_shard_size"])
-        _refuse_mixture(target, format, owned)
-        if format == "keras_hub":
-            preprocessor = getattr(self, "preprocessor", None)
-            arguments = None if preprocessor is None else preprocessor.get_config()
-            _save_for_keras_hub(backbone, tokenizer, arguments, target, owned, **kwargs)
-            return
+        from keras_gemma2 import backend  # imports a framework
         from keras_gemma2.layers.low_rank import merged_on_save  # models import this module
 
-        with replacing_folder(target, weights_bytes(backbone), owned) as staging, merged_on_save():
-            super().save_to_preset(staging, **kwargs)
+        with backend.writing([] if backbone is None else backbone.variables) as is_writer:
+            if not is_writer:
+                return
+            target = folder_path(preset_dir, "preset_dir")
+            _refuse_mixture(target, format, owned)
+            if format == "keras_hub":
+                preprocessor = getattr(self, "preprocessor", None)
+                arguments = None if preprocessor is None else preprocessor.get_config()
+                _save_for_keras_hub(backbone, tokenizer, arguments, target, owned, **kwargs)
+                return
+            with replacing_folder(target, weights_bytes(backbone), owned) as staging, merged_on_save():
+                super().save_to_preset(staging, **kwargs)
 
     def export_to_transformers(
         self,
@@ -137,20 +141,24 @@ class FromPreset:
             >>> lm.export_to_transformers("./my_gemma2_hf", dtype="bfloat16")
             >>> transformers.AutoModelForCausalLM.from_pretrained("./my_gemma2_hf")
         """
+        from keras_gemma2 import backend
         from keras_gemma2.checkpoints import hf_writer
 
-        target = folder_path(path, "path")
         backbone, tokenizer, owned = _parts(self)
         if backbone is None and (dtype, max_shard_size, config_dtype) != (None, DEFAULT_FILE_SIZE, None):
             raise TypeError(
                 f"`{type(self).__name__}.export_to_transformers` takes `path` only: `dtype`, `max_shard_size` and `config_dtype` "
                 f"are for weights. Received: {dtype!r}, {max_shard_size!r}, {config_dtype!r}."
             )
-        _refuse_mixture(target, HUGGING_FACE, owned)
-        if backbone is None:
-            hf_writer.export_tokenizer(tokenizer, target, owned)
-        else:
-            hf_writer.export_model(backbone, tokenizer, target, dtype, max_shard_size, config_dtype, owned)
+        with backend.writing([] if backbone is None else backbone.variables) as is_writer:
+            if not is_writer:
+                return
+            target = folder_path(path, "path")
+            _refuse_mixture(target, HUGGING_FACE, owned)
+            if backbone is None:
+                hf_writer.export_tokenizer(tokenizer, target, owned)
+            else:
+                hf_writer.export_model(backbone, tokenizer, target, dtype, max_shard_size, config_dtype, owned)
 
 
 def _parts(thing: Any) -> tuple[Any, Any, tuple[str, ...]]:

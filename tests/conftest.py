@@ -19,9 +19,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import keras  # noqa: E402 - reads the environment
 
 _ONLY = {  # on one backend
-    "jax": ["test_lowering.py", "test_jax_words.py"],
-    "tensorflow": ["test_export_graph.py"],
-    "torch": ["test_tape.py"],
+    "jax": ["test_distribution.py", "test_jax_words.py", "test_lowering.py", "test_plan.py"],
+    "tensorflow": ["test_distributed_tensorflow.py", "test_export_graph.py"],
+    "torch": ["test_distributed_torch.py", "test_tape.py"],
 }
 _PART, _PARTS = map(int, os.environ.get("KERAS_GEMMA2_PART", "0/1").split("/"))  # of `run.py`
 _FILES = sorted(path.name for path in Path(__file__).parent.glob("test_*.py"))

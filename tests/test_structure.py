@@ -14,7 +14,7 @@ import keras_gemma2
 PACKAGE = Path(keras_gemma2.__file__).parent
 # Lower layers first; a module may import only from its own layer or lower ones.
 LAYERS = [
-    {"config", "errors", "folder_swap", "staging", "from_preset", "lora", "quantization"},
+    {"config", "distribution", "errors", "folder_swap", "staging", "from_preset", "lora", "processes", "quantization"},
     {"backend"},
     {"layers", "inputs", "text_inputs"},
     {"cache"},
@@ -26,8 +26,8 @@ LAYERS = [
     {"_registration"},
     {"checkpoints"},
     {"presets"},
-    {"finetuning", "serving"},
-    {"benchmarks", "cli", "cli_chat", "cli_export", "cli_finetune", "cli_serve"},
+    {"finetuning", "planning", "serving"},
+    {"benchmarks", "cli", "cli_chat", "cli_export", "cli_finetune", "cli_plan", "cli_serve"},
     {"__main__", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

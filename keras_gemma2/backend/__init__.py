@@ -19,6 +19,11 @@ FUNCTIONS = (
     "release",
     "track_variables",
     "numpy_row_blocks",
+    "empty_cache",
+    "is_spread",
+    "own_region",
+    "whole_array",
+    "writing",
     "write_slots",
     "read_slots",
     "write_rows",
@@ -61,6 +66,11 @@ assign_row_blocks = _module.assign_row_blocks
 release = _module.release
 track_variables = _module.track_variables
 numpy_row_blocks = _module.numpy_row_blocks
+empty_cache = _module.empty_cache
+is_spread = _module.is_spread
+own_region = _module.own_region
+whole_array = _module.whole_array
+writing = _module.writing
 write_slots = _module.write_slots
 read_slots = _module.read_slots
 write_rows = _module.write_rows

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_gemma2.backend import jax_quantized, jax_words
+from keras_gemma2.backend import jax_quantized, jax_spread, jax_words
 from keras_gemma2.backend.jax_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
 from keras_gemma2.backend.jax_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_recompute import recomputed  # noqa: F401 - one of the names of a backend
+from keras_gemma2.backend.jax_spread import empty_cache, is_spread, own_region, writing  # noqa: F401 - functions of a backend
 from keras_gemma2.backend.jax_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.memory import counted_peak, gather_rows, untouched  # noqa: F401 - the first is a function of a backend
@@ -32,7 +33,7 @@ def linear(x: jax.Array, kernel: Any, dtype: str, float32_output: bool = False) 
         float32_output: whether to return the sums in float32.
     """
     out_dtype = jnp.float32 if float32_output else x.dtype
-    words = jax_words.words_of(kernel)
+    words = None if jax_spread.is_spread() else jax_words.words_of(kernel)
     if words is not None and dtype != "bfloat16" and dtype in ("float32", keras.backend.standardize_dtype(kernel.dtype)):
         return jax_words.linear_in_blocks(x, words).astype(out_dtype)
     kernel = keras.ops.convert_to_tensor(kernel, dtype=dtype)
@@ -55,7 +56,8 @@ def quantized_linear(x: jax.Array, codes: Any, scales: Any, mode: str, float32_o
         mode: "int8" or "int4".
         float32_output: whether to return the sums in float32.
     """
-    out = jax_quantized.product(x, keras.ops.convert_to_tensor(codes), keras.ops.convert_to_tensor(scales), mode)
+    arrays = keras.ops.convert_to_tensor(codes), keras.ops.convert_to_tensor(scales)
+    out = jax_quantized.product(x, *arrays, mode, jax_spread.is_spread())
     return out.astype(jnp.float32 if float32_output else x.dtype)
 
 
@@ -82,9 +84,14 @@ def tensor_from_row_blocks(blocks: Iterable[np.ndarray], shape: tuple[int, ...],
     return buffer
 
 
+def whole_array(variable: keras.Variable) -> np.ndarray:
+    """A variable's value, of whichever devices, as a numpy array."""
+    return jax_spread.gathered(variable.value)
+
+
 def numpy_row_blocks(tensor: jax.Array, rows: int) -> Iterator[np.ndarray]:
     """Consecutive blocks of rows as numpy arrays; on CPU they are views."""
-    array = np.asarray(tensor)
+    array = jax_spread.gathered(tensor)
     return (array[start : start + rows] for start in range(0, array.shape[0], rows))
 
 
@@ -95,9 +102,19 @@ def untouched_tensor(shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jnp.empty(shape, dtype)
 
 
-def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) -> None:
-    """Replaces a variable's value by consecutive blocks of rows."""
-    variable.assign(tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype))
+def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray], region: tuple[slice, ...] | None = None) -> None:
+    """Replaces a variable's value by consecutive blocks of rows.
+
+    Args:
+        variable: to be assigned.
+        blocks: of all of it, or of the part that `region` says.
+        region: `own_region`, or its rows alone, a slice an axis; None for all.
+    """
+    shape, sharding = tuple(variable.shape), jax_spread.layout_of(variable)
+    if sharding is None:
+        variable.assign(tensor_from_row_blocks(blocks, shape, variable.dtype))
+        return
+    variable.assign(jax_spread.from_row_blocks(blocks, shape, variable.dtype, sharding, region, untouched))
 
 
 def release(variable: keras.Variable) -> None:
@@ -132,10 +149,17 @@ def on_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def write_slots(cache: jax.Array, values: jax.Array, rows: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in place where it was donated."""
+def write_slots(cache: jax.Array, values: jax.Array, rows: jax.Array | None, slots: jax.Array) -> jax.Array:
+    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in place where it was donated.
+
+    `rows` None are all in order.
+    """
     if cache.dtype == jnp.uint16:
         values = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    if rows is None and jax_spread.is_spread():  # row by row, which XLA sees to be each device's own
+        write = jax.vmap(lambda row, new, some: row.at[:, some].set(new.astype(row.dtype)))
+        return jax_spread.placed_cache(write(cache, values, slots))
+    rows = jnp.arange(cache.shape[0]) if rows is None else rows
     # Advanced indices around a slice move to the front: the indexed view is [b, T, K, H].
     return cache.at[rows[:, None], :, slots].set(jnp.swapaxes(values, 1, 2).astype(cache.dtype))
 
@@ -213,13 +237,18 @@ def compile_function(function: Callable, variables: list[keras.Variable], jit: b
 
     def stateless(values: list[jax.Array], words: list[jax.Array], donated: Any, *args: Any) -> Any:
         with jax_words.words_scope(variables, words), keras.StatelessScope(state_mapping=list(zip(variables, values))):
-            return function(donated, *args)
+            return jax_spread.laid_out(function(donated, *args))
 
     compiled = jax.jit(stateless, donate_argnums=2)
 
-    def call(donated: Any, *args: Any) -> Any:
+    def arguments(donated: Any, *args: Any) -> tuple:
         values = [variable.value for variable in variables]
-        return compiled(values, [jax_words.as_words(value) for value in values], donated, *args)
+        return values, [jax_words.as_words(value) for value in values], *jax_spread.arguments((donated, *args))
+
+    def call(donated: Any, *args: Any) -> Any:
+        return compiled(*arguments(donated, *args))
+
+    call.lower = lambda donated, *args: compiled.lower(*arguments(donated, *args))  # to look at the program
 
     return call
 

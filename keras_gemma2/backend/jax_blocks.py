@@ -51,6 +51,13 @@ def gradient_to_rows(widen: Widen, upstream: jax.Array, arrays: Arrays) -> jax.A
 blocked_product.defvjp(_forward, _backward)
 
 
+def spread_product(x: jax.Array, arrays: Arrays, widen: Widen) -> jax.Array:
+    """`blocked_product` where the arrays lie on several devices: parts are neither cut into blocks nor put side by side there."""
+    parts = [lax.stop_gradient(part) for part in widen(*arrays)]
+    columns = jnp.split(x.astype(jnp.float32), len(parts), axis=1)
+    return sum(lax.dot_general(some, part, (((1,), (1,)), ((), ()))) for some, part in zip(columns, parts))
+
+
 def whole(widen: Widen, x: jax.Array, arrays: Arrays) -> jax.Array:
     """For compilers that fuse the widening into the product."""
     weight = jnp.concatenate(widen(*arrays), axis=1).astype(x.dtype)

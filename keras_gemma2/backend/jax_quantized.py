@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_gemma2.backend.jax_blocks import blocked_product, gradient_to_rows, whole
+from keras_gemma2.backend.jax_blocks import blocked_product, gradient_to_rows, spread_product, whole
 
 _BASE, _LARGEST = 254.0, 32_000.0  # of two digits between -127 and 127
 
 
-@functools.partial(jax.jit, static_argnames="mode")  # called eagerly, its loops would be compiled anew each time
-def product(x: jax.Array, codes: jax.Array, scales: jax.Array, mode: str) -> jax.Array:
-    """`x [..., in]` times the quantized matrix transposed, in float32: `[..., out]`."""
+@functools.partial(jax.jit, static_argnames=("mode", "spread"))  # called eagerly, its loops would be compiled anew each time
+def product(x: jax.Array, codes: jax.Array, scales: jax.Array, mode: str, spread: bool = False) -> jax.Array:
+    """`x [..., in]` times the quantized matrix transposed, in float32: `[..., out]`; `spread` if it lies on several devices."""
     rows = x.reshape(-1, x.shape[-1])
-    is_int8 = mode == "int8"
-    out = _int8_product(rows, codes) * scales[:, 0] if is_int8 else blocked_product(rows, (codes, scales), _widened_int4)
+    if mode == "int4":
+        out = (spread_product if spread else blocked_product)(rows, (codes, scales), _widened_int4)
+    else:
+        out = (spread_product(rows, (codes,), _widened_int8) if spread else _int8_product(rows, codes)) * scales[:, 0]
     return out.reshape(*x.shape[:-1], codes.shape[0])
 
 

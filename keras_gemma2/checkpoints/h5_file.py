@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from keras_gemma2.checkpoints.file_rows import read_rows
+from keras_gemma2.checkpoints.file_rows import columns_of, read_rows
 from keras_gemma2.checkpoints.source import refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
@@ -79,6 +79,9 @@ class H5Tensor:
         if all(range(size)[item] == range(size) for item, size in zip(index[1:], self.shape[1:])):
             rows = range(self.shape[0])[index[0]]
             return self.rows(rows.start, rows.stop)
+        rows = range(self.shape[0])[index[0]]
+        if columns := columns_of(index, self.shape):
+            return read_rows(self._file, self._path, self.offset, self.shape, self.dtype, rows.start, rows.stop, columns)
         return self._last.whole(self)[index]
 
     def rows(self, start: int, stop: int) -> np.ndarray:

@@ -50,18 +50,44 @@ class Layout:
         """The shape of the foreign tensor."""
         return tuple(sizes[axis] for axis in self.foreign_axes)
 
-    def row_blocks(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """Consecutive rows of ours out of a foreign tensor, a bounded number of elements at a time."""
-        shape = tensor.shape
+    def row_blocks(self, tensor: Tensor, region: tuple[slice, ...] | None = None) -> Iterator[np.ndarray]:
+        """Consecutive rows of ours out of a foreign tensor, a bounded number of elements at a time.
+
+        Args:
+            tensor: the foreign one.
+            region: the rows and columns of ours that are wanted, as slices with both ends; None for all.
+        """
+        shape, sizes = tensor.shape, dict(zip(self.foreign_axes, tensor.shape))
         axis = self._to_ours[0]  # the outermost part of our rows
-        a_slice = math.prod(shape) // max(1, shape[axis])
+        inner = self._inner(0, sizes)  # rows of ours for each of its entries
+        rows = range(shape[axis] * inner)[region[0] if region else slice(None)]
+        cut, columns = self._columns(region, sizes)
+        a_slice = math.prod(sizes.values()) // max(1, shape[axis])
         step = max(1, ELEMENTS_A_BLOCK // max(1, a_slice))
-        sizes = dict(zip(self.foreign_axes, shape))
-        for start in range(0, shape[axis], step):
-            stop = min(start + step, shape[axis])
-            block = np.asarray(tensor[(slice(None),) * axis + (slice(start, stop),)])
+        for start in range(rows.start // inner, -(-rows.stop // inner), step):
+            stop = min(start + step, -(-rows.stop // inner))
+            index = dict.fromkeys(range(len(shape) if cut else axis + 1), slice(None)) | cut | {axis: slice(start, stop)}
             sizes[self.foreign_axes[axis]] = stop - start
-            yield block.transpose(self._to_ours).reshape([math.prod(sizes[a] for a in group) for group in self.groups])
+            block = np.asarray(tensor[tuple(index.values())])
+            block = block.transpose(self._to_ours).reshape([math.prod(sizes[a] for a in group) for group in self.groups])
+            block = block[max(0, rows.start - start * inner) : rows.stop - start * inner]
+            yield block if columns is None else block[:, columns]
+
+    def _inner(self, group: int, sizes: Mapping[str, int]) -> int:
+        return max(1, math.prod(sizes[letter] for letter in self.groups[group][1:]))
+
+    def _columns(self, region: tuple[slice, ...] | None, sizes: dict[str, int]) -> tuple[dict[int, slice], slice | None]:
+        """What of another axis of theirs is read for some columns of ours, its size being put down, and what is cut out after."""
+        if region is None or len(region) < 2:
+            return {}, None
+        letter, inner = self.groups[1][0], self._inner(1, sizes)
+        wanted = range(sizes[letter] * inner)[region[1]]
+        if len(wanted) == sizes[letter] * inner:
+            return {}, None
+        first, last = wanted.start // inner, -(-wanted.stop // inner)
+        sizes[letter] = last - first
+        read = {self.foreign_axes.index(letter): slice(first, last)}
+        return read, slice(wanted.start - first * inner, wanted.stop - first * inner)
 
     def to_foreign(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """One of our tensors in the foreign layout."""

@@ -52,7 +52,8 @@ def stored_dtype(entries: dict[str, Any]) -> str:
 def fill(backbone: Any, entries: dict[str, Any], where: str) -> None:
     """Assigns every weight of a backbone from an opened checkpoint, one tensor at a time; quantized ones by blocks of rows.
 
-    Codes that the checkpoint holds are taken as they are, where the backbone's are of the same kind.
+    Codes that the checkpoint holds are taken as they are, where the backbone's are of the same kind. Of several processes that hold
+    a model between them each reads its own part of floats.
 
     Warns of values that are not finite, naming the weight.
     """
@@ -62,11 +63,13 @@ def fill(backbone: Any, entries: dict[str, Any], where: str) -> None:
         tensor, name = entries[path].tensor, entries[path].cell.name
         mode = getattr(weight, "mode", None)
         if mode is None:
-            backend.assign_row_blocks(weight, watched(entries[path].row_blocks(), name, where))
+            region = backend.own_region(weight)
+            backend.assign_row_blocks(weight, watched(entries[path].row_blocks(region), name, where), region)
         elif mode == getattr(tensor, "mode", None):
             weight.assign_quantized(tensor.codes(), watched(tensor.scales(), name, where))
         else:
-            weight.assign_row_blocks(watched(entries[path].row_blocks(), name, where))
+            region = weight.own_rows()
+            weight.assign_row_blocks(watched(entries[path].row_blocks(region), name, where), region)
 
 
 def watched(blocks: Iterator[np.ndarray], name: str, where: str) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from keras_gemma2.checkpoints.file_rows import read_rows
+from keras_gemma2.checkpoints.file_rows import columns_of, read_rows
 from keras_gemma2.checkpoints.source import refuse_lfs_pointer
 from keras_gemma2.errors import CheckpointError
 
@@ -48,6 +48,8 @@ class SafetensorsTensor:
     def __getitem__(self, index: Any) -> np.ndarray:
         index = index if isinstance(index, tuple) else (index,)
         rows = range(self.shape[0])[index[0]]
+        if columns := columns_of(index, self.shape):
+            return read_rows(self._file, self._path, self._offset, self.shape, self.dtype, rows.start, rows.stop, columns)
         block = read_rows(self._file, self._path, self._offset, self.shape, self.dtype, rows.start, rows.stop)
         return block[(slice(None), *index[1:])] if index[1:] else block
 

@@ -257,11 +257,11 @@ class Entry:
     def __init__(self, tensor: Tensor, cell: Foreign) -> None:
         self.tensor, self.cell = tensor, cell
 
-    def row_blocks(self) -> Iterator[np.ndarray]:
-        """Consecutive rows of our tensor."""
+    def row_blocks(self, region: tuple[slice, ...] | None = None) -> Iterator[np.ndarray]:
+        """Consecutive rows of our tensor, or of the rows and columns of it that `region` says."""
         rank = len(self.tensor.shape)
         pattern = self.cell.pattern or ("a -> a" if rank == 1 else "a b -> a b")
-        for block in layout(pattern).row_blocks(self.tensor):
+        for block in layout(pattern).row_blocks(self.tensor, region):
             yield block.astype(np.float32) - np.float32(self.cell.offset) if self.cell.offset else block
 
 

@@ -15,6 +15,7 @@ from keras_gemma2.generation.decode import Choosing, choose_next, decode_loop, e
 
 CHUNK = 512  # tokens of a prompt that run at a time: enough to keep the products busy, few enough to keep what they hold small
 TOKENS_A_CALL = 1024  # of several rows' prompts together
+TOKENS_A_SPREAD_CALL = 8192  # of all rows, which lie on several devices
 
 
 def prompt_bucket(length: int) -> int:
@@ -65,6 +66,22 @@ def pieces(lengths: Sequence[int]) -> Iterator[Piece]:
             for start in range(0, len(rows), together):
                 some = rows[start : start + together]
                 yield Piece(steps, some, [first] * len(some), [counts[row] for row in some])
+
+
+def spread_pieces(lengths: Sequence[int]) -> Iterator[Piece]:
+    """Cuts prompts into pieces that all rows have a part in, in order, so that each row stays on the devices that it is on.
+
+    A row that has ended has no tokens in later pieces.
+
+    Example:
+        >>> [(piece.steps, piece.rows, piece.counts) for piece in spread_pieces([20, 600, 30])]
+        [(512, [0, 1, 2], [20, 512, 30]), (128, [0, 1, 2], [0, 88, 0])]
+    """
+    size = max(16, min(CHUNK, _power_of_two(TOKENS_A_SPREAD_CALL // len(lengths) + 1) // 2))
+    for first in range(0, max(lengths), size):
+        counts = [max(0, min(size, length - first)) for length in lengths]
+        firsts = [first if count else 0 for count in counts]
+        yield Piece(prompt_bucket(max(counts)), list(range(len(lengths))), firsts, counts)
 
 
 class Runner:
@@ -131,20 +148,20 @@ class Runner:
         starts = np.zeros(len(prompts), "int32") if starts is None else np.asarray(starts, "int32")
         shape = (len(prompts), self.backbone.config.hidden_dim)
         hidden = ops.zeros(shape, self.backbone.compute_dtype)
-        for piece in pieces([len(prompt) for prompt in prompts]):
+        for piece in self._pieces([len(prompt) for prompt in prompts]):
             caches, hidden = self._run_piece(caches, hidden, prompts, starts, piece)
         return caches, hidden
 
     def _run_piece(self, caches: Any, hidden: Any, prompts: Any, starts: np.ndarray, piece: Piece) -> tuple[Any, Any]:
         token_ids, rows, first, counts = _piece_arrays(piece, prompts, starts)
         sources = np.full(len(prompts), -1, "int32")
-        sources[piece.rows] = np.arange(len(piece.rows))
+        sources[piece.rows] = np.where(piece.counts, np.arange(len(piece.rows)), -1)
         run = self._extend[not first.any()]
         return run((caches, hidden), *_tensors(token_ids, rows, first, counts, sources))
 
     def _extend_function(self, fresh: bool) -> Any:
         def run(state: Any, token_ids: Any, rows: Any, starts: Any, counts: Any, sources: Any) -> Any:
-            tokens = Tokens(rows, starts, counts, token_ids.shape[1], fresh)
+            tokens = Tokens(self._rows_of(rows), starts, counts, token_ids.shape[1], fresh)
             return extend_prompts(self.backbone, *state, token_ids, tokens, sources)
 
         return run
@@ -161,7 +178,7 @@ class Runner:
             starts: tokens that stand before them, of each row.
         """
         scores: list[list[float]] = [[] for _ in prompts]
-        for piece in pieces([len(prompt) for prompt in prompts]):
+        for piece in self._pieces([len(prompt) for prompt in prompts]):
             token_ids, rows, first, counts = _piece_arrays(piece, prompts, np.asarray(starts, "int32"))
             followers = _piece_arrays(piece, targets, np.asarray(starts, "int32"))[0]
             caches, found = self._scores(caches, *_tensors(token_ids, followers, rows, first, counts))
@@ -170,7 +187,14 @@ class Runner:
         return [np.array(row, "float32") for row in scores]
 
     def _scores_function(self, caches: Any, token_ids: Any, targets: Any, rows: Any, starts: Any, counts: Any) -> Any:
-        return score_prompts(self.backbone, caches, token_ids, targets, Tokens(rows, starts, counts, token_ids.shape[1]))
+        tokens = Tokens(self._rows_of(rows), starts, counts, token_ids.shape[1])
+        return score_prompts(self.backbone, caches, token_ids, targets, tokens)
+
+    def _pieces(self, lengths: Sequence[int]) -> Iterator[Piece]:
+        return spread_pieces(lengths) if backend.is_spread() else pieces(lengths)
+
+    def _rows_of(self, rows: Any) -> Any:
+        return None if backend.is_spread() else rows
 
     # Tokens ---------------------------------------------------------------------------------------------------------------
 
@@ -217,7 +241,7 @@ def _piece_arrays(piece: Piece, prompts: Any, starts: np.ndarray) -> tuple[np.nd
 
     Rows that fill up the bucket have no real token: they store nothing, and nothing of theirs is read.
     """
-    batch = _power_of_two(len(piece.rows))
+    batch = len(piece.rows) if backend.is_spread() else _power_of_two(len(piece.rows))
     token_ids = np.zeros((batch, piece.steps), "int32")
     rows, first, counts = (np.zeros(batch, "int32") for _ in range(3))
     for i, (row, begin, count) in enumerate(zip(piece.rows, piece.firsts, piece.counts)):

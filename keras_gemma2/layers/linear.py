@@ -12,7 +12,7 @@ import numpy as np
 
 from keras_gemma2 import backend
 from keras_gemma2.layers.initializers import FanInNormal
-from keras_gemma2.layers.low_rank import LowRank, MergedMatrix, merges_on_save
+from keras_gemma2.layers.low_rank import LowRank, MergedMatrix, merges_on_save, store_arrays
 from keras_gemma2.layers.numerics import saturate
 from keras_gemma2.layers.quantization import MatrixLayer, float_policy, quantized_arrays, rows_a_block
 
@@ -129,5 +129,4 @@ class Linear(MatrixLayer):
             arrays = [np.concatenate(list(self._in_own_dtype(blocks)))]
         else:
             arrays = quantized_arrays(blocks, self.quantization_mode, self.variable_dtype)
-        for i, array in enumerate(arrays):
-            store[str(i)] = array
+        store_arrays(store, arrays)

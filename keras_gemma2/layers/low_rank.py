@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -32,6 +32,12 @@ def merged_on_save() -> Iterator[None]:
 def merges_on_save() -> bool:
     """Whether a `merged_on_save` context is entered."""
     return _MERGES_ON_SAVE.get()
+
+
+def store_arrays(store: Any, arrays: Iterable[np.ndarray]) -> None:
+    """Fills what Keras gives `save_own_variables`, as its layers do."""
+    for i, array in enumerate(arrays):
+        store[str(i)] = array
 
 
 class LowRank(keras.layers.Layer):
@@ -91,11 +97,11 @@ class LowRank(keras.layers.Layer):
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """`lora_a` and `lora_b` as numpy arrays."""
-        return ops.convert_to_numpy(self.lora_a), ops.convert_to_numpy(self.lora_b)
+        return backend.whole_array(self.lora_a), backend.whole_array(self.lora_b)
 
     def save_own_variables(self, store: Any) -> None:
         if not merges_on_save():
-            super().save_own_variables(store)
+            super().save_own_variables(store) if not backend.is_spread() else store_arrays(store, self.arrays())
 
 
 class MergedMatrix:

@@ -6,6 +6,7 @@ bfloat16. Codes and scales are not trainable, as in Keras's quantized layers.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from keras import ops
 
 from keras_gemma2 import backend
 from keras_gemma2.layers.initializers import random_weights_are_skipped, row_blocks_of
+from keras_gemma2.layers.low_rank import store_arrays
 from keras_gemma2.quantization import (
     CODES_DTYPES,
     MODES,
@@ -145,12 +147,21 @@ class MatrixLayer(keras.layers.Layer):
         self.matrix_shape = tuple(shape)
         mode = self.quantization_mode
         if mode is None:
-            setattr(self, self.matrix_name, self.add_weight(name=self.matrix_name, shape=shape, initializer=initializer))
+            setattr(self, self.matrix_name, self._new_matrix(shape, initializer))
             return
         check_policy(self._own_policy())
         self._check_width(mode)
         self._add_codes(mode, _FirstValues(row_blocks_of(initializer, shape, self.variable_dtype), mode, self.variable_dtype))
         self._is_quantized = True
+
+    def _new_matrix(self, shape: tuple[int, int], initializer: Any) -> Any:
+        add = functools.partial(self.add_weight, name=self.matrix_name, shape=shape)
+        if not backend.is_spread():
+            return add(initializer=initializer)
+        matrix = add(initializer="zeros")  # made on its devices; the values follow, each device's own
+        if not random_weights_are_skipped():
+            backend.assign_row_blocks(matrix, row_blocks_of(initializer, shape, self.variable_dtype))
+        return matrix
 
     @property
     def matrix(self) -> Any:
@@ -168,6 +179,14 @@ class MatrixLayer(keras.layers.Layer):
             return backend.linear(inputs, stored, self.compute_dtype, float32_output)
         scales = getattr(self, f"{self.matrix_name}_scale")
         return backend.quantized_linear(inputs, stored, scales, self.quantization_mode, float32_output)
+
+    def save_own_variables(self, store: Any) -> None:
+        """What Keras calls to save a layer: codes or floats, then scales if there are any."""
+        if not backend.is_spread():
+            super().save_own_variables(store)
+            return
+        names = [self.matrix_name] if self.quantization_mode is None else [self.matrix_name, f"{self.matrix_name}_scale"]
+        store_arrays(store, (backend.whole_array(getattr(self, name)) for name in names))
 
     def quantized_call(self, *args: Any, **kwargs: Any) -> Any:
         """What Keras calls where the policy is a quantized one."""
@@ -223,9 +242,14 @@ class MatrixLayer(keras.layers.Layer):
         fixed = {"trainable": False, "autocast": False}  # scales stay float32 where the rest computes in 16 bits
         shapes = codes_shape(self.matrix_shape, mode), scales_shape(self.matrix_shape, mode)
         dtype, first = CODES_DTYPES[mode], codes or values.codes
-        setattr(self, name, self.add_weight(name=name, shape=shapes[0], dtype=dtype, initializer=first, **fixed))
-        scales = self.add_weight(name=scale_name, shape=shapes[1], dtype="float32", initializer=values.scales, **fixed)
+        is_spread = backend.is_spread()
+        initializers = ("zeros", "zeros") if is_spread else (first, values.scales)
+        setattr(self, name, self.add_weight(name=name, shape=shapes[0], dtype=dtype, initializer=initializers[0], **fixed))
+        scales = self.add_weight(name=scale_name, shape=shapes[1], dtype="float32", initializer=initializers[1], **fixed)
         setattr(self, scale_name, scales)
+        if is_spread and not random_weights_are_skipped():
+            backend.assign_row_blocks(getattr(self, name), [np.asarray(codes(shapes[0]))] if codes else values.code_blocks())
+            backend.assign_row_blocks(scales, values.scale_blocks())
 
 
 class _FirstValues:
@@ -238,7 +262,15 @@ class _FirstValues:
     def codes(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         if random_weights_are_skipped():
             return backend.untouched_tensor(shape, dtype)
-        return backend.tensor_from_row_blocks(_quantized(self._blocks, self._mode, self._dtype, self._scales), shape, dtype)
+        return backend.tensor_from_row_blocks(self.code_blocks(), shape, dtype)
+
+    def code_blocks(self) -> Iterator[np.ndarray]:
+        """Consecutive rows of the codes, which leave their scales behind."""
+        return _quantized(self._blocks, self._mode, self._dtype, self._scales)
+
+    def scale_blocks(self) -> list[np.ndarray]:
+        """Consecutive rows of the scales, once all codes were made."""
+        return self._scales
 
     def scales(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         if random_weights_are_skipped():
@@ -273,15 +305,27 @@ class QuantizedMatrix:
         codes, scales = (backend.numpy_row_blocks(variable.value, rows) for variable in (self.codes, self.scales))
         return (dequantize_rows(*block, self.mode) for block in zip(codes, scales))
 
-    def assign_row_blocks(self, blocks: Iterable[np.ndarray]) -> None:
-        """Quantizes consecutive rows of floats, rounded to `dtype` first, and takes them in place of what is there."""
-        scales: list[np.ndarray] = []
-        self.assign_quantized(_quantized(blocks, self.mode, self.dtype, scales), scales)
+    def own_rows(self) -> tuple[slice, ...] | None:
+        """The rows that this process's devices hold, as a region; None for all. A row's scale is that of all its columns."""
+        region = backend.own_region(self.codes)
+        return None if region is None else (region[0],)
 
-    def assign_quantized(self, codes: Iterable[np.ndarray], scales: Iterable[np.ndarray]) -> None:
+    def assign_row_blocks(self, blocks: Iterable[np.ndarray], region: tuple[slice, ...] | None = None) -> None:
+        """Quantizes consecutive rows of floats, rounded to `dtype` first, and takes them in place of what is there.
+
+        Args:
+            blocks: the rows.
+            region: `own_rows`, where the blocks are no more than those.
+        """
+        scales: list[np.ndarray] = []
+        self.assign_quantized(_quantized(blocks, self.mode, self.dtype, scales), scales, region)
+
+    def assign_quantized(
+        self, codes: Iterable[np.ndarray], scales: Iterable[np.ndarray], region: tuple[slice, ...] | None = None
+    ) -> None:
         """Takes consecutive rows of codes, then of scales, in place of what is there."""
-        backend.assign_row_blocks(self.codes, codes)
-        backend.assign_row_blocks(self.scales, scales)
+        backend.assign_row_blocks(self.codes, codes, region)
+        backend.assign_row_blocks(self.scales, scales, region)
 
     def numpy(self) -> np.ndarray:
         """The whole matrix in float32."""

@@ -1,0 +1,53 @@
+"""One of two processes with 4 virtual devices each, which hold one model between them; see test_distribution.py."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+port, index, batch, model, folder = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=20)
+
+import keras  # noqa: E402 - JAX is to know of the other process first
+import numpy as np  # noqa: E402
+import spread  # noqa: E402
+
+from keras_gemma2 import Gemma2CausalLM  # noqa: E402
+from keras_gemma2.distribution import make_distribution, shard_of  # noqa: E402
+
+
+def bytes_read():
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+
+def greedy(lm):
+    return np.asarray(lm.generate(spread.prompts(), max_length=30, stop_token_ids=None)["token_ids"]).tolist()
+
+
+def message(function):
+    try:
+        function()
+    except Exception as error:  # what it was is for the test to say
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=int(model)).scope():
+    Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None)  # what is imported on the way is read once
+    before = bytes_read()
+    lm = Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None)
+    found = {"read": bytes_read() - before, "greedy": greedy(lm)}
+    x, labels, weights = spread.data()
+    data = shard_of({"x": x, "y": labels, "sample_weight": weights})
+    lm.compile(optimizer=keras.optimizers.Adam(1e-3))
+    found["losses"] = lm.fit(**data, batch_size=len(data["y"]), epochs=3, shuffle=False, verbose=0).history["loss"]
+    lm.save_to_preset(f"{folder}/saved")
+    lm.export_to_transformers(f"{folder}/exported")
+    if index == "0":  # the first process alone has no room
+        os.environ["TMPDIR"] = folder
+        Path(folder, "no_folder").write_text("a file")
+    found["refused"] = message(lambda: lm.save_to_preset(f"{folder}/no_folder"))
+    found["again"] = greedy(lm)
+print(json.dumps(found))

@@ -1,0 +1,188 @@
+"""Meshes of 8 virtual devices against one device, on JAX."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import spread
+
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
+from keras_gemma2.config import NAMED_SIZES
+from keras_gemma2.distribution import RECIPES, layout_map, make_distribution, make_mesh, model_sizes
+
+LAYERS, WIDTH, VOCABULARY = 2, 64, 256  # of spread.py
+CLOSE = 1e-5  # float32 sums in another order; values are of order 1
+
+
+def asked(*questions):
+    """What `spread.py` answers, in one process with 8 virtual devices."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "KERAS_BACKEND": "jax"}
+    script = str(Path(__file__).with_name("spread.py"))
+    command = [sys.executable, script, json.dumps(questions)]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_equal(results, bound=CLOSE):
+    for mesh, found in results.items():
+        assert found.pop("greedy") == 0, mesh
+        for name, value in found.items():
+            assert value <= bound, (mesh, name, found)
+
+
+@pytest.mark.parametrize("heads", [4, 8])  # on 8 devices heads of keys are whole, or split
+def test_meshes_give_what_one_device_gives(heads):
+    check_equal(asked(("equality", heads))[0])
+
+
+def test_fully_sharded_and_adapters():
+    meshes = [[8, 1], [2, 4]]
+    sharded, adapters = asked(
+        ("equality", 4, "float32", "fully_sharded_tensor_parallel", meshes),
+        ("equality", 4, "float32", "fully_sharded_tensor_parallel", meshes[1:], True),
+    )
+    check_equal(sharded)
+    check_equal(adapters)
+
+
+def test_quantized():
+    policies = ("int4_from_float32", "int8_from_float32")
+    four, eight = asked(*(("equality", 4, policy, "tensor_parallel", [[2, 4]], False, False) for policy in policies))
+    check_equal(four)
+    # One device writes rows as whole numbers of two 8-bit digits (jax_quantized.py), several multiply floats.
+    check_equal(eight, 2e-3)
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_decode_step_gathers_no_weight_and_sums_twice_a_layer(heads):
+    for (batch, model), found in zip([(4, 2), (1, 8)], asked(*(("decode_step", heads, *mesh) for mesh in ((4, 2), (1, 8))))):
+        rows = 8 // batch
+        counts = found["collectives"]
+        streams = (f"all-reduce f32[{rows},{WIDTH}]", f"all-reduce f32[{rows},1,{WIDTH}]")
+        sums = sum(n for name, n in counts.items() if name in streams)
+        assert sums == 2 * LAYERS + 1, counts  # and one for the embedding
+        # What is gathered are logits, which the host is given; the loop over caches asks once how far they are filled.
+        others = [name for name in counts if name.split()[0] != "all-reduce"]
+        assert set(others) <= {f"all-gather f32[{n},{VOCABULARY}]" for n in (rows, 8)}, counts
+        assert sum(n for name, n in counts.items() if "all-reduce" in name) <= sums + 1, counts
+        whole = 0 if heads % model == 0 else 2 * LAYERS * heads * 16 * WIDTH * 4  # keys' and values' matrices
+        for name, total_of_whole in (("weights", whole), ("optimizer", 2 * whole)):
+            total, first = found[name]
+            split = total - total_of_whole
+            assert first == pytest.approx(split / model + total_of_whole, rel=0.1), (name, model)
+        cached, first = found["caches"]
+        assert first * (8 if heads % model == 0 else batch) == cached
+        # The program's own arguments are what lies on a device, tokens and positions among them.
+        assert found["arguments"] == pytest.approx(found["weights"][1] + first, rel=0.1)
+
+
+def test_presets_are_read_and_saved_on_other_meshes():
+    found = asked(("saved", 4))[0]
+    for name, value in found.items():
+        if name.endswith("part"):
+            assert value == (1 if "None" in name else 1 / 8)
+        else:
+            assert value <= CLOSE, name
+
+
+def test_what_cannot_be_split_is_refused_with_the_sizes_that_can():
+    found = asked(("errors",))[0]
+    assert "num_query_heads=12" in found["heads"] and "1, 2, 4." in found["heads"]
+    assert "hidden_dim=60" in found["hidden"] and "1, 2, 3, 4, 5, 6, 10, 12" in found["hidden"]
+    assert "there are 8" in found["too many"] and "8x1, 4x2, 2x4, 1x8" in found["too many"] and "=16" in found["too many"]
+
+
+def test_meshes_and_maps():
+    mesh = make_mesh("data_parallel")  # of the one device that there is
+    assert tuple(mesh.shape) == (1, 1) and tuple(mesh.axis_names) == ("batch", "model")
+    with pytest.raises(ValueError, match="`recipe` must be one of"):
+        make_mesh("tensor")
+    with pytest.raises(ValueError, match="`model` must be 1 with recipe='fully_sharded'"):
+        make_mesh("fully_sharded", model=2)
+    with pytest.raises(ValueError, match="`batch` must be a positive integer"):
+        make_mesh(batch=0)
+    with pytest.raises(ValueError, match="`batch` or `model` must be given"):
+        make_mesh("fully_sharded_tensor_parallel")
+    with pytest.raises(ValueError, match="`model_parallel_dim_name` must be one of the mesh's axes"):
+        Gemma2Backbone.get_layout_map(mesh, "heads")
+    with pytest.raises(ValueError, match="must be two axes"):
+        layout_map(mesh, "batch", "batch")
+    with pytest.raises(TypeError, match="`mesh` must be a"):
+        layout_map("2x4")
+    assert model_sizes(NAMED_SIZES["gemma2_2b"]) == [1, 2, 4, 8]
+    assert model_sizes(NAMED_SIZES["gemma2_27b"]) == [1, 2, 4, 8, 16, 32]
+
+
+def test_every_matrix_has_a_layout(tiny):
+    backbone = Gemma2Backbone(**tiny)
+    layouts = layout_map(make_mesh("data_parallel"), fully_sharded=True)
+    for variable in backbone.weights:
+        assert (layouts[variable.path] is None) == (len(variable.shape) == 1), variable.path
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_device_is_a_mesh(recipe, tiny):
+    sizes = {"batch": 1} if recipe == "fully_sharded_tensor_parallel" else {}
+    with make_distribution(recipe, **sizes).scope():
+        backbone = Gemma2Backbone(**tiny)
+    assert backbone.token_embedding.embeddings.shape == (tiny["vocabulary_size"], tiny["hidden_dim"])
+    assert keras.distribution.distribution() is None
+
+
+@pytest.mark.parametrize("mesh", [(2, 4), (1, 8)])  # each process has its own rows, or both have parts of all matrices
+def test_two_processes_hold_one_model(mesh, tmp_path):
+    lm = spread.made(4)
+    lm.export_to_transformers(tmp_path / "start")
+    weights = sum(path.stat().st_size for path in (tmp_path / "start").glob("*.safetensors"))
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "KERAS_BACKEND": "jax"}
+    script = str(Path(__file__).with_name("spread_process.py"))
+    commands = [[sys.executable, script, str(port), str(index), *map(str, mesh), str(tmp_path)] for index in range(2)]
+    options = {"env": {**os.environ, **flags}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **options) for command in commands]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(error[-2000:] for _, error in outputs)
+    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+    assert found[0]["greedy"] == found[1]["greedy"] == np.asarray(
+        lm.generate(spread.prompts(), max_length=30, stop_token_ids=None)["token_ids"]
+    ).tolist()
+    x, labels, sample_weight = spread.data()
+    lm.compile(optimizer=keras.optimizers.Adam(1e-3))
+    order = np.concatenate([np.arange(8)[0::2], np.arange(8)[1::2]])
+    x, labels, sample_weight = {name: array[order] for name, array in x.items()}, labels[order], sample_weight[order]
+    losses = lm.fit(x, labels, sample_weight=sample_weight, batch_size=8, epochs=3, shuffle=False, verbose=0).history["loss"]
+    for one in found:
+        assert np.abs(np.subtract(one["losses"], losses)).max() <= CLOSE
+        assert one["again"] == found[0]["again"]
+        # Matrices are split between the processes in one half each; norms and other files are read by both.
+        assert one["read"] < (0.5 if mesh == (1, 8) else 0.6) * weights + 120_000
+    assert "no_folder" in found[0]["refused"] and "The first process could not write" in found[1]["refused"]
+    for name in ("saved", "exported"):
+        again = Gemma2CausalLM.from_preset(tmp_path / name, preprocessor=None)
+        assert np.abs(np.asarray(again(x)) - np.asarray(lm(x))).max() <= CLOSE, name
+
+
+@pytest.mark.parametrize("recipe", ["data_parallel", "fully_sharded"])
+def test_the_example(recipe, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Count {i}", "response": f"It is {i}."}) + "\n" for i in range(10)))
+    script = str(Path(__file__).parents[1] / "examples" / "distributed_finetune.py")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "KERAS_BACKEND": "jax"}
+    options = ["--data", str(data), "--output", str(tmp_path / "out"), "--recipe", recipe, "--batch-size", "4", "--length", "32"]
+    command = [sys.executable, script, *options, "--epochs", "2", "--learning-rate", "1e-3"]
+    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (float(line.split()[-1]) for line in done.stdout.splitlines()[-2:])
+    assert second < first
+    lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
+    lm.load_adapter(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
