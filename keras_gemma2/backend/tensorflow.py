@@ -14,11 +14,12 @@ import tensorflow as tf
 from keras_gemma2.backend import tensorflow_blocks, tensorflow_graph, tensorflow_quantized, tensorflow_words
 from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.memory import gather_rows, untouched
-from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
+from keras_gemma2.backend.not_spread import empty_cache, is_spread, own_region, whole_array, writing  # noqa: F401 - of a backend
 from keras_gemma2.backend.tensorflow_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
 from keras_gemma2.backend.tensorflow_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.tensorflow_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.tensorflow_recompute import recomputed  # noqa: F401 - one of the names of a backend
+from keras_gemma2.backend.tensorflow_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 
 
 def linear(x: tf.Tensor, kernel: Any, dtype: str, float32_output: bool = False) -> tf.Tensor:
@@ -115,7 +116,7 @@ def untouched_tensor(shape: tuple[int, ...], dtype: str) -> tf.Tensor:
     return _adopt(untouched(shape, tf.as_dtype(dtype).as_numpy_dtype))
 
 
-def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) -> None:
+def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray], region: None = None) -> None:
     """Replaces a variable's value by consecutive blocks of rows."""
     variable.assign(tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype))
 
@@ -152,9 +153,13 @@ def on_accelerator() -> bool:
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
-def write_slots(cache: tf.Tensor, values: tf.Tensor, rows: tf.Tensor, slots: tf.Tensor) -> tf.Tensor:
-    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in a loop, in place."""
+def write_slots(cache: tf.Tensor, values: tf.Tensor, rows: tf.Tensor | None, slots: tf.Tensor) -> tf.Tensor:
+    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`; in a loop, in place.
+
+    `rows` None are all in order.
+    """
     batch, heads, steps = tf.shape(values)[0], tf.shape(values)[1], tf.shape(values)[2]
+    rows = tf.range(batch) if rows is None else rows
     row = tf.broadcast_to(tf.cast(rows, tf.int32)[:, None, None], (batch, heads, steps))
     head = tf.broadcast_to(tf.range(heads)[None, :, None], (batch, heads, steps))
     slot = tf.broadcast_to(tf.cast(slots, tf.int32)[:, None, :], (batch, heads, steps))

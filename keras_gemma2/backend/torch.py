@@ -15,11 +15,12 @@ from keras.src.backend.torch.core import get_device, to_torch_dtype
 
 from keras_gemma2.backend import torch_packed, torch_products, torch_quantized, torch_tapes
 from keras_gemma2.backend.memory import counted_peak, gather_rows  # noqa: F401 - the first is a function of a backend
-from keras_gemma2.backend.plain_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
+from keras_gemma2.backend.not_spread import empty_cache, is_spread, own_region, whole_array, writing  # noqa: F401 - of a backend
 from keras_gemma2.backend.torch_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
 from keras_gemma2.backend.torch_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.torch_loss import label_terms, sums_in_chunks  # noqa: F401 - two of the functions of a backend
 from keras_gemma2.backend.torch_recompute import recomputed  # noqa: F401 - one of the names of a backend
+from keras_gemma2.backend.torch_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 
 
 def linear(x: torch.Tensor, kernel: Any, dtype: str, float32_output: bool = False) -> torch.Tensor:
@@ -75,7 +76,7 @@ def untouched_tensor(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     return torch.empty(shape, dtype=to_torch_dtype(dtype), device=get_device())
 
 
-def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray]) -> None:
+def assign_row_blocks(variable: keras.Variable, blocks: Iterable[np.ndarray], region: None = None) -> None:
     """Replaces a variable's value by consecutive blocks of rows; its old memory goes, where `assign` would copy into it."""
     variable.value.data = tensor_from_row_blocks(blocks, tuple(variable.shape), variable.dtype)
     torch_tapes.drop_all()
@@ -134,8 +135,12 @@ def on_accelerator() -> bool:
     return get_device() != "cpu"
 
 
-def write_slots(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`, in place."""
+def write_slots(cache: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None, slots: torch.Tensor) -> torch.Tensor:
+    """Writes `values [b, K, T, H]` into `cache [B, K, S, H]` at `rows [b]` and `slots [b, T]`, in place.
+
+    `rows` None are all in order.
+    """
+    rows = torch.arange(values.shape[0], device=values.device) if rows is None else rows
     if 0 in cache.stride():  # rows that share their memory, as those of several beams do at first
         cache = cache.clone(memory_format=torch.contiguous_format)
     # Advanced indices around a slice move to the front: the indexed view is [b, T, K, H].

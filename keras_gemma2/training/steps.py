@@ -19,7 +19,15 @@ _TARGETS: contextvars.ContextVar[tuple[Any, Any, Any] | None] = contextvars.Cont
 _REDUCTIONS = ("sum_over_batch_size", "mean", "mean_with_sample_weight", "sum")
 
 
-class TrainsInChunks(backend.CompilesSteps):
+class _OneReplica:
+    """Of backends whose steps see the whole batch."""
+
+    def over_replicas(self, sums: dict[str, Any]) -> dict[str, Any]:
+        """Sums over this replica's part of a batch, such that losses and metrics made of them are those of the whole batch."""
+        return sums
+
+
+class TrainsInChunks(backend.CompilesSteps, _OneReplica):
     """The part of a language model that `fit`, `evaluate`, `train_on_batch` and `test_on_batch` go through.
 
     With the default loss (or a plain `SparseCategoricalCrossentropy(from_logits=True)`) and the default metrics, a step calls the
@@ -90,14 +98,15 @@ class TrainsInChunks(backend.CompilesSteps):
         return super().call(inputs, training=training, mask=mask) if sums is None else sums
 
     def _sums_of_step(self, inputs: Any, training: bool) -> dict[str, Any] | None:
-        """Sums of the step under way; None outside of one, or where it works on logits."""
+        """Sums of the step under way, over all replicas; None outside of one, or where it works on logits."""
         targets = _TARGETS.get()
         if targets is None or targets[0] is not self:
             return None
         _, labels, weights = targets
         token = _TARGETS.set(None)
         try:
-            return self._token_sums(inputs, labels, _weights(labels, weights), training)
+            sums = self._token_sums(inputs, labels, _weights(labels, weights), training)
+            return self.over_replicas({**sums, "positions": ops.cast(ops.prod(ops.shape(labels)), "float32")})
         finally:
             _TARGETS.reset(token)
 
@@ -112,7 +121,7 @@ class TrainsInChunks(backend.CompilesSteps):
         """The loss, from logits or from the sums that `call` gives within a step; reduced as `compile`'s loss says."""
         if not _is_sums(y_pred):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        loss = _reduced(y_pred, y, getattr(self.loss, "reduction", "sum_over_batch_size"))
+        loss = _reduced(y_pred, getattr(self.loss, "reduction", "sum_over_batch_size"))
         losses = [loss, *[self._aggregate_additional_loss(more) for more in self.losses]]
         return ops.sum(ops.stack(losses)) if len(losses) > 1 else loss
 
@@ -132,14 +141,14 @@ class _Total(keras.losses.Loss):
         return y_pred
 
 
-def _reduced(sums: dict[str, Any], labels: Any, reduction: str) -> Any:
+def _reduced(sums: dict[str, Any], reduction: str) -> Any:
     loss = sums["loss"]
     if reduction == "mean_with_sample_weight":
         loss = ops.divide_no_nan(loss, sums["weight"])
     elif reduction == "sum":
         return loss
     else:
-        loss = loss / ops.cast(ops.prod(ops.shape(labels)), "float32")
+        loss = loss / sums["positions"]
     loss = ops.reshape(loss, (1,))
     return _Total(name="total", dtype="float32")(loss, loss)
 

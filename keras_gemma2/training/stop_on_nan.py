@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_gemma2 import backend
+
 KEPT_BYTES = 512 << 20
 LONGEST_WAIT = 1.0  # seconds, where training has failed, for losses that are not read yet
 
@@ -111,7 +113,9 @@ class StopOnNaN(keras.callbacks.Callback):
 
     def _copy_values(self, step: int) -> None:
         if self._keeps:
-            values = [np.array(ops.convert_to_numpy(v.value)) for v in self._variables()]
+            # On the devices where several hold them between them: no process may have all of one.
+            copied = ops.copy if backend.is_spread() else lambda value: np.array(ops.convert_to_numpy(value))
+            values = [copied(v.value) for v in self._variables()]
             with self._lock:
                 self._candidate, self._copied = (step, values), step
 
