@@ -10,6 +10,7 @@ variables. Keys and values are cached where their heads are.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -317,8 +318,13 @@ def settle_current(config: Gemma2Config, mode: str | None = None) -> None:
         config, mode: as `Gemma2LayoutMap.settle` takes them.
 
     Raises:
-        ValueError: as `settle`.
+        ValueError: as `settle`; on each of several processes, if they do not all build the same.
     """
+    from keras_gemma2 import backend  # imports a framework
+
     layouts = getattr(keras.distribution.distribution(), "_layout_map", None)
     if isinstance(layouts, Gemma2LayoutMap):
+        mesh = dict(zip(layouts.device_mesh.axis_names, layouts.device_mesh.shape))
+        versions = {name: importlib.metadata.version(name) for name in ("keras", keras.backend.backend())}
+        backend.check_alike(f"{config.to_dict()}, mode={mode}, mesh={mesh}, {versions}")
         layouts.settle(config, mode)

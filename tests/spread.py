@@ -149,6 +149,7 @@ def errors():
         "heads": lambda: built(batch=1, model=8, num_query_heads=12, num_key_value_heads=4),
         "hidden": lambda: built("fully_sharded", batch=8, hidden_dim=60),
         "too many": lambda: make_distribution(batch=4, model=4),
+        "rows": lambda: trained(rows=7, batch_size=4),
     }
     found = {}
     for name, case in cases.items():
@@ -157,6 +158,14 @@ def errors():
         except ValueError as error:
             found[name] = str(error)
     return found
+
+
+def trained(rows, batch_size):
+    x, labels, _ = data()
+    with make_distribution(batch=4, model=2).scope():
+        lm = made(4)
+        lm.compile()
+        lm.fit({name: array[:rows] for name, array in x.items()}, labels[:rows], batch_size=batch_size, verbose=0)
 
 
 def built(recipe="tensor_parallel", batch=None, model=None, **sizes):

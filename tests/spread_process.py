@@ -34,6 +34,25 @@ def message(function):
     return None
 
 
+def faults(fault):
+    """What one process does wrong: it builds another model, or is gone in the middle of training."""
+    with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=int(model)).scope():
+        if fault == "config":
+            print(json.dumps(message(lambda: spread.made(4 if index == "0" else 8))))
+            return
+        lm = spread.made(4)
+        x, labels, _ = spread.data()
+        lm.compile(optimizer=keras.optimizers.Adam(1e-3))
+        for step in range(1000):
+            if index == "1" and step == 3:
+                os._exit(9)
+            lm.train_on_batch(**shard_of({"x": x, "y": labels}))
+
+
+if "SPREAD_FAULT" in os.environ:
+    faults(os.environ["SPREAD_FAULT"])
+    sys.exit()
+
 with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=int(model)).scope():
     Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None)  # what is imported on the way is read once
     before = bytes_read()

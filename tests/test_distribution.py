@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -96,6 +97,7 @@ def test_what_cannot_be_split_is_refused_with_the_sizes_that_can():
     found = asked(("errors",))[0]
     assert "num_query_heads=12" in found["heads"] and "1, 2, 4." in found["heads"]
     assert "hidden_dim=60" in found["hidden"] and "1, 2, 3, 4, 5, 6, 10, 12" in found["hidden"]
+    assert "make a batch of 3" in found["rows"] and "a multiple of 4" in found["rows"]
     assert "there are 8" in found["too many"] and "8x1, 4x2, 2x4, 1x8" in found["too many"] and "=16" in found["too many"]
 
 
@@ -136,21 +138,47 @@ def test_one_device_is_a_mesh(recipe, tiny):
     assert keras.distribution.distribution() is None
 
 
+def two_processes(mesh, folder, **variables):
+    """Exit codes, outputs and errors of two `spread_process.py`."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "KERAS_BACKEND": "jax"}
+    script = str(Path(__file__).with_name("spread_process.py"))
+    commands = [[sys.executable, script, str(port), str(index), *map(str, mesh), str(folder)] for index in range(2)]
+    options = {"env": {**os.environ, **flags, **variables}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **options) for command in commands]
+    try:
+        outputs, errors = zip(*(process.communicate(timeout=240) for process in processes))
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs, errors
+
+
+def test_processes_that_differ_are_told(tmp_path):
+    codes, outputs, errors = two_processes((2, 4), tmp_path, SPREAD_FAULT="config")
+    assert codes == [0, 0], "\n".join(error[-2000:] for error in errors)
+    for output in outputs:
+        found = json.loads(output.splitlines()[-1])
+        assert "must make the same model" in found and "'num_key_value_heads': 8" in found
+
+
+def test_a_lost_process_ends_the_other(tmp_path):
+    start = time.monotonic()
+    codes, _, errors = two_processes((2, 4), tmp_path, SPREAD_FAULT="gone")
+    assert codes[1] == 9 and codes[0] not in (0, 9)
+    assert time.monotonic() - start < 120
+    assert "Connection closed by peer" in errors[0] or "heartbeat" in errors[0], errors[0][-2000:]
+
+
 @pytest.mark.parametrize("mesh", [(2, 4), (1, 8)])  # each process has its own rows, or both have parts of all matrices
 def test_two_processes_hold_one_model(mesh, tmp_path):
     lm = spread.made(4)
     lm.export_to_transformers(tmp_path / "start")
     weights = sum(path.stat().st_size for path in (tmp_path / "start").glob("*.safetensors"))
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "KERAS_BACKEND": "jax"}
-    script = str(Path(__file__).with_name("spread_process.py"))
-    commands = [[sys.executable, script, str(port), str(index), *map(str, mesh), str(tmp_path)] for index in range(2)]
-    options = {"env": {**os.environ, **flags}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **options) for command in commands]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(error[-2000:] for _, error in outputs)
-    found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    codes, outputs, errors = two_processes(mesh, tmp_path)
+    assert not any(codes), "\n".join(error[-2000:] for error in errors)
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
 
     assert found[0]["greedy"] == found[1]["greedy"] == np.asarray(
         lm.generate(spread.prompts(), max_length=30, stop_token_ids=None)["token_ids"]

@@ -19,8 +19,10 @@ FUNCTIONS = (
     "release",
     "track_variables",
     "numpy_row_blocks",
+    "check_alike",
     "empty_cache",
     "is_spread",
+    "local_groups",
     "own_region",
     "whole_array",
     "writing",
@@ -66,8 +68,10 @@ assign_row_blocks = _module.assign_row_blocks
 release = _module.release
 track_variables = _module.track_variables
 numpy_row_blocks = _module.numpy_row_blocks
+check_alike = _module.check_alike
 empty_cache = _module.empty_cache
 is_spread = _module.is_spread
+local_groups = _module.local_groups
 own_region = _module.own_region
 whole_array = _module.whole_array
 writing = _module.writing

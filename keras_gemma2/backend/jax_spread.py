@@ -35,6 +35,12 @@ def data_groups() -> int:
     return 1 if distribution is None else distribution.num_model_replicas
 
 
+def local_groups() -> int:
+    """Among how many groups of devices the rows of a batch that this process gives are split."""
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else max(1, distribution.num_model_replicas // distribution.num_processes)
+
+
 def empty_cache(shape: tuple[int, int, int, int], dtype: str) -> jax.Array:
     """Zeros `[B, K, S, H]`, each device with those of its rows and heads."""
     if not is_spread():
@@ -228,6 +234,26 @@ def _from_all(tensor: jax.Array) -> np.ndarray:
 
 def _is_at_hand(tensor: jax.Array) -> bool:
     return tensor.is_fully_addressable or tensor.is_fully_replicated
+
+
+def check_alike(text: str) -> None:
+    """Compares a text on all processes.
+
+    Raises:
+        ValueError: on each of them if it is not the same on all, with this one's and the first's.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(text.encode()[:_MESSAGE].ljust(_MESSAGE), np.uint8)
+    every = [row.tobytes().decode(errors="replace").strip() for row in np.asarray(multihost_utils.process_allgather(own))]
+    others = [index for index, one in enumerate(every) if one != every[0]]
+    if others:
+        index = jax.process_index()
+        shown = others[0] if index == 0 else index
+        raise ValueError(
+            "All processes must make the same model, with the same versions. "
+            f"Those of index {others} differ from the first, which has {every[0]}; {shown} has {every[shown]}."
+        )
 
 
 def gathered(tensor: jax.Array) -> np.ndarray:

@@ -15,6 +15,15 @@ def is_spread() -> bool:
     return False
 
 
+def local_groups() -> int:
+    """Among how many groups of devices the rows of a batch are split."""
+    return 1
+
+
+def check_alike(text: str) -> None:
+    """Compares a text on all processes that hold one model between them; here each has its own."""
+
+
 def empty_cache(shape: tuple[int, int, int, int], dtype: str) -> Any:
     """Zeros `[B, K, S, H]`."""
     return ops.zeros(shape, dtype)
