@@ -1,4 +1,4 @@
-"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune | plan-memory | export | serve`.
+"""The command line: `keras-gemma2 generate | chat | info | convert | verify | finetune | plan-memory | plan | export | serve`.
 
 `python -m keras_gemma2` is the same.
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_finetune(commands)
     _add_plan_memory(commands)
+    _add_plan(commands)
     _add_export(commands)
     _add_serve(commands)
     return parser
@@ -185,6 +186,18 @@ def _add_plan_memory(commands) -> None:
     add("--optimizer", default="adam", metavar="NAME", help="sgd, adam, adamw, ... (default: %(default)s)")
     add("--backend", choices=BACKENDS, help="default: KERAS_BACKEND or keras.json, as Keras itself")
     parser.set_defaults(run=_plan_memory)
+
+
+def _add_plan(commands) -> None:
+    from keras_gemma2.cli_plan import add_options, plan_command
+
+    parser = commands.add_parser(
+        "plan",
+        help="say what a step takes on a mesh of devices: memory, collectives, time",
+        description="Compiles a step of a model for a mesh of devices that need not exist, and prints what it takes of them.",
+    )
+    add_options(parser.add_argument, _at_least)
+    parser.set_defaults(run=plan_command)
 
 
 class _OneLineErrors(argparse.ArgumentParser):

@@ -36,6 +36,8 @@ class CompilesSteps:
             super().make_train_function(force)
             if self._compiles:
                 self.train_function = self._make_function(self._compiled("train", self.train_step))
+            elif self._is_spread and self.jit_compile and not self.run_eagerly:
+                self.train_function = self._make_function(self._compiled_on_devices())
 
     def make_test_function(self, force: bool = False) -> None:
         """Makes `test_function`, if there is none."""
@@ -72,6 +74,15 @@ class CompilesSteps:
         except BaseException:
             self.jax_state_sync()
             raise
+
+    def _compiled_on_devices(self) -> Callable:
+        """The training step as Keras compiles it for a distribution, but with this module's options."""
+        shardings = (None, self._get_state_sharding_spec())
+        return jax.jit(self.train_step, donate_argnums=0, out_shardings=shardings, compiler_options=_compiler_options())
+
+    @property
+    def _is_spread(self) -> bool:
+        return keras.distribution.distribution() is not None and not keras.config.is_nnx_enabled()
 
     @property
     def _compiles(self) -> bool:

@@ -1,0 +1,1 @@
+"""What a model would take on a mesh of devices, before there are any."""
