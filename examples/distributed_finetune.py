@@ -5,19 +5,21 @@
     # TensorFlow, all devices of this machine; on several machines start it on each, with TF_CONFIG set
     KERAS_BACKEND=tensorflow python examples/distributed_finetune.py --data train.jsonl --output tuned
     # JAX, all devices of this machine, each with a part of the weights; on several start it on each, with the variables of
-    # `keras.distribution.initialize` set (KERAS_DISTRIBUTION_JOB_ADDRESSES, ..._NUM_PROCESSES and ..._PROCESS_ID)
+    # `keras.distribution.initialize` set (KERAS_DISTRIBUTION_JOB_ADDRESSES, ..._NUM_PROCESSES and ..._PROCESS_ID), or by a launcher
+    # that JAX knows (Cloud TPUs, Slurm, Open MPI, Kubernetes) with --join
     KERAS_BACKEND=jax python examples/distributed_finetune.py --recipe fully_sharded --data train.jsonl --output tuned
 
 The folder gets the adapter (`lm.load_adapter("tuned")`), or with `--lora-rank 0`, which trains all weights, the model
 (`Gemma2CausalLM.from_preset("tuned")`). It must be one that all machines see. A run that was interrupted goes on after its last
-whole epoch when the same command is given again, to the same losses; on JAX with several processes only with `data_parallel`, where
-each has all that is trained.
+whole epoch when the same command is given again, to the same losses; on JAX the mesh may be another one. (With another number of
+processes rows are shuffled in another order.)
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from keras_gemma2 import distribution, processes
 from keras_gemma2.finetuning.state import arrays_of, restore
 
 STATE = "state.npz"  # of a run that is under way, in its folder
+CHECKPOINTS = "checkpoints"  # the same on JAX, where each process writes its own part
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,9 +47,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=int, default=128, help="tokens of a row (default: %(default)s)")
     add("--epochs", type=int, default=1, help="default: %(default)s")
     add("--steps", type=int, help="of an epoch; default: all there are")
-    add("--timeout", type=float, default=100, help="seconds to wait for another process (PyTorch; default: %(default)s)")
+    add("--timeout", type=float, default=100, help="seconds to wait for another process (PyTorch, JAX; default: %(default)s)")
     add("--recipe", choices=distribution.RECIPES, default="data_parallel", help="JAX (default: %(default)s)")
     add("--model", type=int, metavar="N", help="JAX: devices that heads are split over, with the recipes that do")
+    add("--join", action="store_true", help="JAX: this is one of several processes, whose launcher JAX knows")
     add("--seed", type=int, default=0, help="default: %(default)s")
     return parser.parse_args(arguments)
 
@@ -75,24 +79,22 @@ def train(lm: Any, data: Any, options: argparse.Namespace, batch_size: int, inde
         batch_size: rows that this process gives to a step.
         index: of this process.
     """
+    on_jax = keras.backend.backend() == "jax"  # where processes have parts of the model, and each gives its own
     for epoch in range(restored_epochs(lm, options.output), options.epochs):
         keras.utils.set_random_seed(options.seed + epoch)
-        history = lm.fit(data, batch_size=batch_size, steps_per_epoch=options.steps, verbose=0)
+        callbacks = [keras.callbacks.OrbaxCheckpoint(str(options.output.absolute() / CHECKPOINTS))] if on_jax else []
+        arguments = {"initial_epoch": epoch, "epochs": epoch + 1, "steps_per_epoch": options.steps, "callbacks": callbacks}
+        history = lm.fit(data, batch_size=batch_size, verbose=0, **arguments)
         if index == 0:
             print(f"epoch {epoch + 1}: loss {history.history['loss'][0]:.4f}", flush=True)
-            if is_at_hand(lm):
+            if not on_jax:
                 save_state(lm, options.output, epoch + 1)
     save = lm.save_adapter if options.lora_rank else lm.save_to_preset
-    if index == 0 or keras.backend.backend() == "jax":  # where processes have parts of the weights each gives its own
+    if index == 0 or on_jax:
         save(options.output)
     if index == 0:
         options.output.joinpath(STATE).unlink(missing_ok=True)
-
-
-def is_at_hand(lm: Any) -> bool:
-    """Whether this process has all of what is trained."""
-    values = [variable.value for variable in (*lm.trainable_variables, *lm.optimizer.variables)]
-    return all(getattr(value, "is_fully_addressable", True) or value.is_fully_replicated for value in values)
+        shutil.rmtree(options.output / CHECKPOINTS, ignore_errors=True)
 
 
 def save_state(lm: Any, folder: Path, epochs: int) -> None:
@@ -105,6 +107,9 @@ def save_state(lm: Any, folder: Path, epochs: int) -> None:
 
 def restored_epochs(lm: Any, folder: Path) -> int:
     """Epochs that an interrupted run has made; the model becomes as it was after them."""
+    if keras.backend.backend() == "jax":
+        is_there = any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+        return keras_gemma2.restore_checkpoint(lm, folder / CHECKPOINTS) + 1 if is_there else 0
     if not (folder / STATE).exists():
         return 0
     with np.load(folder / STATE) as file:
@@ -141,8 +146,8 @@ def train_tensorflow(options: argparse.Namespace) -> None:
 
 def train_jax(options: argparse.Namespace) -> None:
     """A mesh of all devices of all processes."""
-    if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
-        keras.distribution.initialize()
+    if options.join or "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
+        processes.join_processes(options.timeout)
     mesh = distribution.make_distribution(options.recipe, model=options.model)
     groups, count = mesh.num_model_replicas, min(mesh.num_model_replicas, mesh.num_processes)
     if options.batch_size % groups:

@@ -31,6 +31,7 @@ _PUBLIC = {
     "preset_names": "keras_gemma2.presets.registry",
     "read_jsonl": "keras_gemma2.training.jsonl",
     "record_teacher": "keras_gemma2.training.recording",
+    "restore_checkpoint": "keras_gemma2.training.run_checkpoints",
     "verify": "keras_gemma2.presets.verify",
 }
 

@@ -35,6 +35,14 @@ class HubError(CheckpointError):
     """A model hub gave no files: no access, no network, no such model. The message names the step to take."""
 
 
+class OtherProcessError(CheckpointError):
+    """Another of the processes that hold a model between them has failed; the message says which, and why."""
+
+
+class ProcessesDifferError(ValueError):
+    """Processes that are to hold one model between them make several; raised on all of them."""
+
+
 def callers_level() -> int:
     """The `stacklevel` of the first frame outside this package, where a warning is of use."""
     package = os.path.dirname(os.path.abspath(__file__))

@@ -1,4 +1,4 @@
-"""One model trained by several processes on PyTorch, which `torchrun` starts; and a process's share of the data, on any backend."""
+"""Several processes that train one model, and the share of the data that each has."""
 
 from __future__ import annotations
 
@@ -10,22 +10,33 @@ TIMEOUT = 100.0  # seconds; a process that is gone is noticed within two minutes
 
 
 def join_processes(timeout: float = TIMEOUT) -> None:
-    """Makes this process one of those that `torchrun` started; on GPUs it takes that of its `LOCAL_RANK`.
+    """Makes this process one of several that train a model; it must come before the model, and on JAX before all else.
 
-    `data_parallel` does it where it has not been done. On GPUs it must come before the model is made.
+    PyTorch: one of those that `torchrun` started; on GPUs it takes that of its `LOCAL_RANK`. `data_parallel` does it where it has
+    not been done.
+
+    JAX: as `keras.distribution.initialize`, from the same variables (KERAS_DISTRIBUTION_JOB_ADDRESSES, ..._NUM_PROCESSES and
+    ..._PROCESS_ID) or from what Cloud TPUs, Slurm, Open MPI and Kubernetes set; but a process that is gone ends the others after
+    `timeout`.
 
     Args:
-        timeout: seconds that a process waits for the others in a step before it gives up. It must be longer than what one of them
-            does alone, such as saving.
+        timeout: seconds after which a process gives up another that it has not heard of. PyTorch counts what one of them does
+            alone, such as saving, too; JAX does not.
 
     Raises:
-        ValueError: for a `timeout` that is not a positive number; on other backends than PyTorch.
-        RuntimeError: if the process was not started by a launcher.
+        ValueError: for a `timeout` that is not a positive number; on TensorFlow, whose strategies do it.
+        RuntimeError: if nothing says who the other processes are; on JAX, if it has been used before.
 
     Example:
-        >>> join_processes()  # in a script that torchrun runs
+        >>> join_processes()  # in a script that torchrun runs, or that each of several machines does
     """
-    _torch().join_processes(timeout)
+    _check_timeout(timeout)
+    if keras.backend.backend() == "jax":
+        from keras_gemma2.backend import jax_processes
+
+        jax_processes.join_processes(timeout)
+    else:
+        _torch().join_processes(timeout)
 
 
 def data_parallel(model: Any, timeout: float = TIMEOUT) -> Any:
@@ -40,14 +51,15 @@ def data_parallel(model: Any, timeout: float = TIMEOUT) -> Any:
 
     Args:
         model: a `Gemma2CausalLM` or a `Distiller`.
-        timeout: as `join_processes` takes it.
+        timeout: as `join_processes` takes it; longer than a save.
 
     Returns:
         The model.
 
     Raises:
         TypeError: for a model that is neither.
-        ValueError: on every process, if their versions, configs, weights' shapes or optimizers differ; on other backends.
+        ValueError: on every process, if their versions, configs, weights' shapes or optimizers differ; for a `timeout` that is no
+            positive number; on other backends.
         RuntimeError: if the process was not started by a launcher, or the model's parameters were replaced (`fully_shard`).
 
     Example:
@@ -55,7 +67,13 @@ def data_parallel(model: Any, timeout: float = TIMEOUT) -> Any:
         >>> lm.enable_lora(rank=8)
         >>> lm.fit(shard_of(texts), batch_size=4)  # 8 a step, where torchrun started 2
     """
+    _check_timeout(timeout)
     return _torch().data_parallel(model, timeout)
+
+
+def _check_timeout(timeout: float) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise ValueError(f"`timeout` must be a positive number of seconds. Received: {timeout!r}.")
 
 
 def process_index() -> int:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
+from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM, restore_checkpoint
 from keras_gemma2.distribution import make_distribution
 
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
@@ -39,6 +39,13 @@ def data():
     mask[1, 7:], mask[5, :4] = 0, 0
     weights = (rng.random((8, 12)) > 0.3).astype("float32")
     return {"token_ids": token_ids, "padding_mask": mask}, labels, weights
+
+
+def ordered():
+    """The data as two processes have it between them, each every second row."""
+    x, labels, weights = data()
+    order = [*range(0, 8, 2), *range(1, 8, 2)]
+    return {name: array[order] for name, array in x.items()}, labels[order], weights[order]
 
 
 def prompts():
@@ -143,6 +150,20 @@ def saved(heads):
         return results
 
 
+def resumed(heads, folder, meshes):
+    """The loss of the third epoch, after the first two of a run that several processes made on another mesh."""
+    x, labels, weights = ordered()
+    losses = []
+    for batch, model in meshes:
+        with make_distribution("fully_sharded_tensor_parallel", batch=batch, model=model).scope():
+            lm = made(heads)
+            lm.compile(optimizer=keras.optimizers.Adam(1e-3))
+            done = restore_checkpoint(lm, folder, 1) + 1
+            arguments = {"sample_weight": weights, "batch_size": 8, "shuffle": False, "verbose": 0}
+            losses.append(lm.fit(x, labels, initial_epoch=done, epochs=3, **arguments).history["loss"])
+    return losses
+
+
 def errors():
     """What is refused, by what was asked for."""
     cases = {
@@ -150,6 +171,8 @@ def errors():
         "hidden": lambda: built("fully_sharded", batch=8, hidden_dim=60),
         "too many": lambda: make_distribution(batch=4, model=4),
         "rows": lambda: trained(rows=7, batch_size=4),
+        "validation": lambda: trained(rows=8, batch_size=4, validation_data=data()[0], validation_batch_size=3),
+        "stream": lambda: trained(rows=None, x=({name: array[:6] for name, array in data()[0].items()} for _ in range(2))),
     }
     found = {}
     for name, case in cases.items():
@@ -160,12 +183,11 @@ def errors():
     return found
 
 
-def trained(rows, batch_size):
-    x, labels, _ = data()
+def trained(rows, x=None, **arguments):
     with make_distribution(batch=4, model=2).scope():
         lm = made(4)
         lm.compile()
-        lm.fit({name: array[:rows] for name, array in x.items()}, labels[:rows], batch_size=batch_size, verbose=0)
+        lm.fit(x or {name: array[:rows] for name, array in data()[0].items()}, verbose=0, **arguments)
 
 
 def built(recipe="tensor_parallel", batch=None, model=None, **sizes):

@@ -14,7 +14,7 @@ import keras  # noqa: E402 - JAX is to know of the other process first
 import numpy as np  # noqa: E402
 import spread  # noqa: E402
 
-from keras_gemma2 import Gemma2CausalLM  # noqa: E402
+from keras_gemma2 import Gemma2CausalLM, restore_checkpoint  # noqa: E402
 from keras_gemma2.distribution import make_distribution, shard_of  # noqa: E402
 
 
@@ -34,15 +34,24 @@ def message(function):
     return None
 
 
+def trained(heads):
+    lm = spread.made(heads)
+    lm.compile(optimizer=keras.optimizers.Adam(1e-3))
+    return lm
+
+
 def faults(fault):
-    """What one process does wrong: it builds another model, or is gone in the middle of training."""
+    """What one process does wrong: it lacks a file, or builds another model; or it is gone in the middle of training."""
     with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=int(model)).scope():
-        if fault == "config":
-            print(json.dumps(message(lambda: spread.made(4 if index == "0" else 8))))
+        if fault == "differs":
+            cases = {
+                "file": lambda: Gemma2CausalLM.from_preset(f"{folder}/of_{index}", preprocessor=None),
+                "config": lambda: spread.made(4 if index == "0" else 8),
+            }
+            print(json.dumps({name: message(case) for name, case in cases.items()}))
             return
-        lm = spread.made(4)
+        lm = trained(4)
         x, labels, _ = spread.data()
-        lm.compile(optimizer=keras.optimizers.Adam(1e-3))
         for step in range(1000):
             if index == "1" and step == 3:
                 os._exit(9)
@@ -55,13 +64,20 @@ if "SPREAD_FAULT" in os.environ:
 
 with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=int(model)).scope():
     Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None)  # what is imported on the way is read once
-    before = bytes_read()
-    lm = Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None)
-    found = {"read": bytes_read() - before, "greedy": greedy(lm)}
+    found = {}
+    for name in ("int8", "start"):
+        before = bytes_read()
+        lm = Gemma2CausalLM.from_preset(f"{folder}/{name}", preprocessor=None)
+        found |= {f"{name} read": bytes_read() - before, f"{name} greedy": greedy(lm)}
     x, labels, weights = spread.data()
     data = shard_of({"x": x, "y": labels, "sample_weight": weights})
     lm.compile(optimizer=keras.optimizers.Adam(1e-3))
-    found["losses"] = lm.fit(**data, batch_size=len(data["y"]), epochs=3, shuffle=False, verbose=0).history["loss"]
+    saves = keras.callbacks.OrbaxCheckpoint(f"{folder}/run", max_to_keep=None)
+    arguments = {"batch_size": len(data["y"]), "shuffle": False, "verbose": 0}
+    found["losses"] = lm.fit(**data, epochs=3, callbacks=[saves], **arguments).history["loss"]
+    found["no run"] = message(lambda: restore_checkpoint(lm, f"{folder}/run" if index == "0" else f"{folder}/none"))
+    restore_checkpoint(lm, f"{folder}/run", 1)
+    found["losses again"] = lm.fit(**data, initial_epoch=2, epochs=3, **arguments).history["loss"]
     lm.save_to_preset(f"{folder}/saved")
     lm.export_to_transformers(f"{folder}/exported")
     if index == "0":  # the first process alone has no room

@@ -1,6 +1,7 @@
 """The container's recipe and the manifests, as far as they can be checked where nothing runs containers."""
 
 import http.client
+import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import yaml
 from exported import small_preset
 from http_server import PATIENCE, commanded
 
+from keras_gemma2.distribution import RECIPES
 from keras_gemma2.serving.app import PATHS
 
 pytestmark = pytest.mark.backend_free
@@ -78,3 +80,30 @@ def test_manifests_fit_the_recipe(name):
         assert service["selector"] == template["metadata"]["labels"] == documents[0]["spec"]["selector"]["matchLabels"]
         assert service["ports"][0]["targetPort"] == port
         assert ["USER", str(spec["securityContext"]["runAsUser"])] in instructions()
+
+
+def test_the_set_of_jobs_starts_the_example():
+    """Its command line is one of the example's, its variables those that the processes read, its numbers agree."""
+    jobs = yaml.safe_load((FOLDER / "jobset.yaml").read_text("utf-8"))
+    (replicated,) = jobs["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (worker,) = pod["containers"]
+    program, script, *options = worker["command"]
+    path = ROOT / "examples" / script
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    found = example.parse_arguments(options)
+    assert program == "python" and found.batch_size % job["completions"] == 0 and found.recipe in RECIPES
+
+    variables = {variable["name"]: variable.get("value") for variable in worker["env"]}
+    names = [f"KERAS_DISTRIBUTION_{name}" for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")]
+    source = (ROOT / "keras_gemma2" / "backend" / "jax_processes.py").read_text("utf-8")
+    assert set(variables) == {"KERAS_BACKEND", *names} and all(f'"{name}"' in source for name in names)
+    assert int(variables[names[1]]) == job["completions"] == job["parallelism"] and job["completionMode"] == "Indexed"
+    host, port = variables[names[0]].split(":")
+    name = jobs["metadata"]["name"]
+    assert host == f"{name}-{replicated['name']}-0-0.{name}" and [int(port)] == [each["containerPort"] for each in worker["ports"]]
+    (mount,), (volume,) = worker["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"] and str(found.output).startswith(mount["mountPath"])

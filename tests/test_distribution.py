@@ -98,6 +98,8 @@ def test_what_cannot_be_split_is_refused_with_the_sizes_that_can():
     assert "num_query_heads=12" in found["heads"] and "1, 2, 4." in found["heads"]
     assert "hidden_dim=60" in found["hidden"] and "1, 2, 3, 4, 5, 6, 10, 12" in found["hidden"]
     assert "make a batch of 3" in found["rows"] and "a multiple of 4" in found["rows"]
+    assert "8 rows of `validation_data` with batch_size=3" in found["validation"]
+    assert "Batch 0 of `x`" in found["stream"] and "Received: 6 rows" in found["stream"]
     assert "there are 8" in found["too many"] and "8x1, 4x2, 2x4, 1x8" in found["too many"] and "=16" in found["too many"]
 
 
@@ -156,11 +158,16 @@ def two_processes(mesh, folder, **variables):
 
 
 def test_processes_that_differ_are_told(tmp_path):
-    codes, outputs, errors = two_processes((2, 4), tmp_path, SPREAD_FAULT="config")
+    for name in ("of_0", "of_1"):
+        spread.made(4).export_to_transformers(tmp_path / name, max_shard_size=100_000)
+    lost = sorted((tmp_path / "of_1").glob("*.safetensors"))[1]
+    lost.unlink()
+    codes, outputs, errors = two_processes((2, 4), tmp_path, SPREAD_FAULT="differs")
     assert codes == [0, 0], "\n".join(error[-2000:] for error in errors)
-    for output in outputs:
+    for index, output in enumerate(outputs):
         found = json.loads(output.splitlines()[-1])
-        assert "must make the same model" in found and "'num_key_value_heads': 8" in found
+        assert "must make the same model" in found["config"] and "'num_key_value_heads': 8" in found["config"]
+        assert lost.name in found["file"] and found["file"].startswith("OtherProcessError: Process 1 of 2") == (index == 0)
 
 
 def test_a_lost_process_ends_the_other(tmp_path):
@@ -173,44 +180,94 @@ def test_a_lost_process_ends_the_other(tmp_path):
 
 @pytest.mark.parametrize("mesh", [(2, 4), (1, 8)])  # each process has its own rows, or both have parts of all matrices
 def test_two_processes_hold_one_model(mesh, tmp_path):
+    int8 = spread.made(4, "int8_from_float32")
+    int8.save_to_preset(tmp_path / "int8")
     lm = spread.made(4)
     lm.export_to_transformers(tmp_path / "start")
-    weights = sum(path.stat().st_size for path in (tmp_path / "start").glob("*.safetensors"))
     codes, outputs, errors = two_processes(mesh, tmp_path)
     assert not any(codes), "\n".join(error[-2000:] for error in errors)
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
 
-    assert found[0]["greedy"] == found[1]["greedy"] == np.asarray(
-        lm.generate(spread.prompts(), max_length=30, stop_token_ids=None)["token_ids"]
-    ).tolist()
-    x, labels, sample_weight = spread.data()
+    for name, model in (("start", lm), ("int8", int8)):
+        expected = np.asarray(model.generate(spread.prompts(), max_length=30, stop_token_ids=None)["token_ids"]).tolist()
+        assert found[0][f"{name} greedy"] == found[1][f"{name} greedy"] == expected
+        weights = sum(path.stat().st_size for path in (tmp_path / name).iterdir() if path.suffix in (".safetensors", ".h5"))
+        for one in found:
+            # Matrices are split between the processes in one half each; norms and other files are read by both.
+            assert one[f"{name} read"] < (0.5 if mesh == (1, 8) else 0.6) * weights + 120_000, (name, weights)
+    x, labels, sample_weight = spread.ordered()
     lm.compile(optimizer=keras.optimizers.Adam(1e-3))
-    order = np.concatenate([np.arange(8)[0::2], np.arange(8)[1::2]])
-    x, labels, sample_weight = {name: array[order] for name, array in x.items()}, labels[order], sample_weight[order]
     losses = lm.fit(x, labels, sample_weight=sample_weight, batch_size=8, epochs=3, shuffle=False, verbose=0).history["loss"]
     for one in found:
         assert np.abs(np.subtract(one["losses"], losses)).max() <= CLOSE
+        assert np.abs(np.subtract(one["losses again"], losses[2:])).max() <= CLOSE
         assert one["again"] == found[0]["again"]
-        # Matrices are split between the processes in one half each; norms and other files are read by both.
-        assert one["read"] < (0.5 if mesh == (1, 8) else 0.6) * weights + 120_000
+    for mesh_of_one in asked(("resumed", 4, str(tmp_path / "run"), [[4, 2], [1, 8]]))[0]:
+        assert np.abs(np.subtract(mesh_of_one, losses[2:])).max() <= CLOSE
+    assert "Process 1 of 2 has failed: MissingFileError" in found[0]["no run"] and "/none" in found[1]["no run"]
     assert "no_folder" in found[0]["refused"] and "The first process could not write" in found[1]["refused"]
     for name in ("saved", "exported"):
         again = Gemma2CausalLM.from_preset(tmp_path / name, preprocessor=None)
         assert np.abs(np.asarray(again(x)) - np.asarray(lm(x))).max() <= CLOSE, name
 
 
-@pytest.mark.parametrize("recipe", ["data_parallel", "fully_sharded"])
-def test_the_example(recipe, tmp_path):
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Count {i}", "response": f"It is {i}."}) + "\n" for i in range(10)))
-    script = str(Path(__file__).parents[1] / "examples" / "distributed_finetune.py")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "KERAS_BACKEND": "jax"}
-    options = ["--data", str(data), "--output", str(tmp_path / "out"), "--recipe", recipe, "--batch-size", "4", "--length", "32"]
-    command = [sys.executable, script, *options, "--epochs", "2", "--learning-rate", "1e-3"]
-    done = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (float(line.split()[-1]) for line in done.stdout.splitlines()[-2:])
-    assert second < first
+EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_finetune.py"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Count {i}", "response": f"It is {i}."}) + "\n" for i in range(8)))
+    return path
+
+
+def example(rows, output, recipe, devices, **variables):
+    """The example, which makes an epoch of one step, as a process that is under way."""
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "KERAS_BACKEND": "jax"}
+    options = ["--data", str(rows), "--output", str(output), "--recipe", recipe, "--length", "32", "--timeout", "20"]
+    command = [sys.executable, str(EXAMPLE), *options, "--batch-size", "8", "--epochs", "3", "--learning-rate", "1e-3"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env={**os.environ, **flags, **variables}, **pipes)
+
+
+def two_examples(rows, output):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
+    variables = [dict(zip((f"KERAS_DISTRIBUTION_{name}" for name in names), (f"localhost:{port}", "2", str(i)))) for i in range(2)]
+    return [example(rows, output, "fully_sharded", 1, **one) for one in variables]
+
+
+def ended(process):
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    return [float(line.split()[-1]) for line in output.splitlines() if line.startswith("epoch")]
+
+
+def test_the_example(rows, tmp_path):
+    losses = ended(example(rows, tmp_path / "one", "data_parallel", 2))
+    assert losses[2] < losses[1] < losses[0]
     lm = Gemma2CausalLM.from_preset("gemma2_mini_en")
-    lm.load_adapter(tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    lm.load_adapter(tmp_path / "one")
+
+    # The same with two processes, one of which is killed after an epoch.
+    processes = two_examples(rows, tmp_path / "two")
+    try:
+        first = next((line for line in processes[0].stdout if line.startswith("epoch")), "")  # other lines are the network's
+        assert first.startswith("epoch 1"), processes[0].communicate(timeout=60)[1][-3000:]
+        processes[1].kill()
+        output, errors = processes[0].communicate(timeout=120)
+        assert processes[0].returncode != 0 and ("Connection closed by peer" in errors or "heartbeat" in errors), errors[-2000:]
+        begun = [float(line.split()[-1]) for line in (first + output).splitlines() if line.startswith("epoch")]
+        processes = two_examples(rows, tmp_path / "two")
+        found = begun + ended(processes[0])
+        ended(processes[1])
+    finally:
+        for process in processes:
+            process.kill()
+    assert len(begun) < 3 and found == pytest.approx(losses, abs=2e-4)  # printed with four digits
+    again = Gemma2CausalLM.from_preset("gemma2_mini_en")
+    again.load_adapter(tmp_path / "two")
+    texts = ["Count 3It is 3."]
+    assert np.abs(np.concatenate(again.score(texts)) - np.concatenate(lm.score(texts))).max() <= 1e-4
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]

@@ -24,6 +24,8 @@ FUNCTIONS = (
     "is_spread",
     "local_groups",
     "own_region",
+    "stored_like",
+    "together",
     "whole_array",
     "writing",
     "write_slots",
@@ -73,6 +75,8 @@ empty_cache = _module.empty_cache
 is_spread = _module.is_spread
 local_groups = _module.local_groups
 own_region = _module.own_region
+stored_like = _module.stored_like
+together = _module.together
 whole_array = _module.whole_array
 writing = _module.writing
 write_slots = _module.write_slots

@@ -17,7 +17,16 @@ from keras_gemma2.backend.jax_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_c
 from keras_gemma2.backend.jax_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.jax_recompute import recomputed  # noqa: F401 - one of the names of a backend
-from keras_gemma2.backend.jax_spread import check_alike, empty_cache, is_spread, local_groups, own_region, writing  # noqa: F401
+from keras_gemma2.backend.jax_spread import (  # noqa: F401 - of a backend
+    check_alike,
+    empty_cache,
+    is_spread,
+    local_groups,
+    own_region,
+    stored_like,
+    together,
+    writing,
+)
 from keras_gemma2.backend.jax_steps import CompilesSteps  # noqa: F401 - one of the names of a backend
 from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.memory import counted_peak, gather_rows, untouched  # noqa: F401 - the first is a function of a backend

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from keras_gemma2.errors import CheckpointError
+from keras_gemma2.errors import CheckpointError, OtherProcessError, ProcessesDifferError
 
 CACHE_RANK = 4  # [B, K, S, H]; nothing else that compiled functions of generation give has so many axes
 
@@ -102,6 +102,22 @@ def _cache_sharding(shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh.backend_mesh, PartitionSpec(*axes))
 
 
+def stored_like(leaf: Any, variable: keras.Variable | None) -> Any:
+    """How Orbax is to read an array: as it lies in a variable, or without one, whole on each device.
+
+    Args:
+        leaf: its metadata.
+        variable: where it goes.
+    """
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    if variable is not None:
+        sharding = variable.value.sharding
+    else:
+        sharding = _whole() if is_spread() else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 # Weights ----------------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +188,7 @@ def _copy_rows(array: np.ndarray, part: tuple, block: np.ndarray, first: int, re
 _NUMBERS: contextvars.ContextVar[dict[int, int] | None] = contextvars.ContextVar("numbers", default=None)
 _DONE, _FAILED = -1, -2
 _MESSAGE = 1000  # bytes of an error
+_FAILURE = "\0"  # before the message of a process that has failed
 
 
 @contextlib.contextmanager
@@ -241,19 +258,60 @@ def check_alike(text: str) -> None:
 
     Raises:
         ValueError: on each of them if it is not the same on all, with this one's and the first's.
+        CheckpointError: if another has failed, within `together`.
     """
     if jax.process_count() == 1:
         return
-    own = np.frombuffer(text.encode()[:_MESSAGE].ljust(_MESSAGE), np.uint8)
-    every = [row.tobytes().decode(errors="replace").strip() for row in np.asarray(multihost_utils.process_allgather(own))]
+    every = _told(text)
     others = [index for index, one in enumerate(every) if one != every[0]]
     if others:
         index = jax.process_index()
         shown = others[0] if index == 0 else index
-        raise ValueError(
+        raise ProcessesDifferError(
             "All processes must make the same model, with the same versions. "
             f"Those of index {others} differ from the first, which has {every[0]}; {shown} has {every[shown]}."
         )
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A context for what all processes do, each its part: where one fails, the others raise, too, and none waits for it.
+
+    Nothing within it may need another process but `check_alike`.
+
+    Raises:
+        CheckpointError: on the others, with the reason of the first that failed.
+    """
+    if jax.process_count() == 1 or not is_spread():
+        yield
+        return
+    try:
+        yield
+    except (ProcessesDifferError, OtherProcessError):
+        raise
+    except Exception as error:
+        _tell(f"{_FAILURE}{type(error).__name__}: {error}")
+        raise
+    _told("")
+
+
+def _told(text: str) -> list[str]:
+    """Each process's text.
+
+    Raises:
+        CheckpointError: if one of them is a failure.
+    """
+    every = _tell(text)
+    failed = [index for index, one in enumerate(every) if one.startswith(_FAILURE)]
+    if failed:
+        raise OtherProcessError(f"Process {failed[0]} of {len(every)} has failed: {every[failed[0]].removeprefix(_FAILURE)}")
+    return every
+
+
+def _tell(text: str) -> list[str]:
+    own = np.frombuffer(text.encode()[:_MESSAGE].ljust(_MESSAGE), np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(own))
+    return [row.tobytes().decode(errors="replace").strip(" ") for row in every]
 
 
 def gathered(tensor: jax.Array) -> np.ndarray:

@@ -24,9 +24,25 @@ def check_alike(text: str) -> None:
     """Compares a text on all processes that hold one model between them; here each has its own."""
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A context for what all processes do, each its part; here each does all for itself."""
+    yield
+
+
 def empty_cache(shape: tuple[int, int, int, int], dtype: str) -> Any:
     """Zeros `[B, K, S, H]`."""
     return ops.zeros(shape, dtype)
+
+
+def stored_like(leaf: Any, variable: Any) -> Any:
+    """How Orbax is to read an array: as numpy's.
+
+    Args:
+        leaf: its metadata.
+        variable: where it goes.
+    """
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if hasattr(leaf, "dtype") else leaf
 
 
 def own_region(variable: Any) -> None:

@@ -14,7 +14,17 @@ import tensorflow as tf
 from keras_gemma2.backend import tensorflow_blocks, tensorflow_graph, tensorflow_quantized, tensorflow_words
 from keras_gemma2.backend.loss_terms import label_terms  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.memory import gather_rows, untouched
-from keras_gemma2.backend.not_spread import check_alike, empty_cache, is_spread, local_groups, own_region, whole_array, writing  # noqa: F401 - of a backend  # noqa: F401 - of a backend
+from keras_gemma2.backend.not_spread import (  # noqa: F401 - of a backend
+    check_alike,
+    empty_cache,
+    is_spread,
+    local_groups,
+    own_region,
+    stored_like,
+    together,
+    whole_array,
+    writing,
+)
 from keras_gemma2.backend.tensorflow_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
 from keras_gemma2.backend.tensorflow_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.tensorflow_loss import sums_in_chunks  # noqa: F401 - one of the functions of a backend

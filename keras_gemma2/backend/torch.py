@@ -15,7 +15,17 @@ from keras.src.backend.torch.core import get_device, to_torch_dtype
 
 from keras_gemma2.backend import torch_packed, torch_products, torch_quantized, torch_tapes
 from keras_gemma2.backend.memory import counted_peak, gather_rows  # noqa: F401 - the first is a function of a backend
-from keras_gemma2.backend.not_spread import check_alike, empty_cache, is_spread, local_groups, own_region, whole_array, writing  # noqa: F401 - of a backend  # noqa: F401 - of a backend
+from keras_gemma2.backend.not_spread import (  # noqa: F401 - of a backend
+    check_alike,
+    empty_cache,
+    is_spread,
+    local_groups,
+    own_region,
+    stored_like,
+    together,
+    whole_array,
+    writing,
+)
 from keras_gemma2.backend.torch_frozen_loss import FROZEN_CHUNKS, frozen_sums_in_chunks  # noqa: F401 - two of the names of a backend
 from keras_gemma2.backend.torch_gated import gated_gelu  # noqa: F401 - one of the functions of a backend
 from keras_gemma2.backend.torch_loss import label_terms, sums_in_chunks  # noqa: F401 - two of the functions of a backend

@@ -82,15 +82,21 @@ class QuantizedTensor:
         index = index if isinstance(index, tuple) else (index,)
         return dequantize_rows(self._codes[index[0]], self._scales[index[0]], self.mode)[(slice(None), *index[1:])]
 
-    def codes(self) -> Iterator[np.ndarray]:
-        """Consecutive rows of codes."""
-        return _row_blocks(self._codes)
+    def codes(self, region: tuple[slice, ...] | None = None) -> Iterator[np.ndarray]:
+        """Consecutive rows of codes.
 
-    def scales(self) -> Iterator[np.ndarray]:
-        """Consecutive rows of scales."""
-        return _row_blocks(self._scales)
+        Args:
+            region: the rows, and columns of codes, that are wanted, as slices; None for all.
+        """
+        return _row_blocks(self._codes, region)
+
+    def scales(self, region: tuple[slice, ...] | None = None) -> Iterator[np.ndarray]:
+        """Consecutive rows of scales; `region` as `codes` takes it."""
+        return _row_blocks(self._scales, region)
 
 
-def _row_blocks(tensor: Any) -> Iterator[np.ndarray]:
+def _row_blocks(tensor: Any, region: tuple[slice, ...] | None) -> Iterator[np.ndarray]:
     step = max(1, ELEMENTS_A_BLOCK // max(1, math.prod(tensor.shape[1:])))
-    return (tensor[start : start + step] for start in range(0, tensor.shape[0], step))
+    own, *columns = region or (slice(None),)
+    rows = range(tensor.shape[0])[own]
+    return (tensor[(slice(start, min(start + step, rows.stop)), *columns)] for start in range(rows.start, rows.stop, step))

@@ -53,7 +53,7 @@ def fill(backbone: Any, entries: dict[str, Any], where: str) -> None:
     """Assigns every weight of a backbone from an opened checkpoint, one tensor at a time; quantized ones by blocks of rows.
 
     Codes that the checkpoint holds are taken as they are, where the backbone's are of the same kind. Of several processes that hold
-    a model between them each reads its own part of floats.
+    a model between them each reads its own part.
 
     Warns of values that are not finite, naming the weight.
     """
@@ -66,10 +66,11 @@ def fill(backbone: Any, entries: dict[str, Any], where: str) -> None:
             region = backend.own_region(weight)
             backend.assign_row_blocks(weight, watched(entries[path].row_blocks(region), name, where), region)
         elif mode == getattr(tensor, "mode", None):
-            weight.assign_quantized(tensor.codes(), watched(tensor.scales(), name, where))
+            regions = weight.own_regions()
+            weight.assign_quantized(tensor.codes(regions[0]), watched(tensor.scales(regions[1]), name, where), regions)
         else:
-            region = weight.own_rows()
-            weight.assign_row_blocks(watched(entries[path].row_blocks(region), name, where), region)
+            rows = weight.own_rows()
+            weight.assign_row_blocks(watched(entries[path].row_blocks(rows), name, where), rows)
 
 
 def watched(blocks: Iterator[np.ndarray], name: str, where: str) -> Iterator[np.ndarray]:

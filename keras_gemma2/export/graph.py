@@ -258,11 +258,12 @@ def scored(graph: Graph, rows: Rows) -> Any:
     import tensorflow as tf
 
     batch, length = tf.shape(rows.token_ids)[0], tf.shape(rows.token_ids)[1]
-    _, hidden = graph.run(rows, tf.maximum(length, 1))
-    width, total = graph.backbone.config.hidden_dim, batch * tf.maximum(length - 1, 0)
+    before = tf.maximum(length - 1, 0)  # nothing follows the last
+    _, hidden = graph.run(Rows(rows.token_ids[:, :before], tf.minimum(rows.counts, before), rows.places), tf.maximum(before, 1))
+    width, total = graph.backbone.config.hidden_dim, batch * before
     blocks = -(-total // SCORED)
     fill = [[0, blocks * SCORED - total]]
-    hidden = tf.pad(tf.reshape(hidden[:, :-1], [total, width]), [*fill, [0, 0]])
+    hidden = tf.pad(tf.reshape(hidden, [total, width]), [*fill, [0, 0]])
     targets = tf.pad(tf.reshape(rows.token_ids[:, 1:], [total]), fill)
 
     def score(i: Any, found: Any) -> tuple[Any, Any]:
@@ -271,7 +272,7 @@ def scored(graph: Graph, rows: Rows) -> Any:
 
     found = tf.TensorArray(tf.float32, blocks, element_shape=[SCORED])
     _, found = tf.while_loop(lambda i, _: i < blocks, score, (tf.constant(0), found), parallel_iterations=1)
-    scores = tf.reshape(tf.reshape(found.stack(), [-1])[:total], [batch, tf.maximum(length - 1, 0)])
+    scores = tf.reshape(tf.reshape(found.stack(), [-1])[:total], [batch, before])
     scores = tf.pad(scores, [[0, 0], [1, 0]])[:, :length]
     known = tf.range(length)[None, :] < rows.counts[:, None]
     return tf.where(known, scores, 0.0)

@@ -305,6 +305,10 @@ class QuantizedMatrix:
         codes, scales = (backend.numpy_row_blocks(variable.value, rows) for variable in (self.codes, self.scales))
         return (dequantize_rows(*block, self.mode) for block in zip(codes, scales))
 
+    def own_regions(self) -> tuple[tuple[slice, ...] | None, tuple[slice, ...] | None]:
+        """What this process's devices hold of the codes and of the scales; None for all."""
+        return backend.own_region(self.codes), backend.own_region(self.scales)
+
     def own_rows(self) -> tuple[slice, ...] | None:
         """The rows that this process's devices hold, as a region; None for all. A row's scale is that of all its columns."""
         region = backend.own_region(self.codes)
@@ -318,14 +322,22 @@ class QuantizedMatrix:
             region: `own_rows`, where the blocks are no more than those.
         """
         scales: list[np.ndarray] = []
-        self.assign_quantized(_quantized(blocks, self.mode, self.dtype, scales), scales, region)
+        self.assign_quantized(_quantized(blocks, self.mode, self.dtype, scales), scales, (region, region))
 
     def assign_quantized(
-        self, codes: Iterable[np.ndarray], scales: Iterable[np.ndarray], region: tuple[slice, ...] | None = None
+        self,
+        codes: Iterable[np.ndarray],
+        scales: Iterable[np.ndarray],
+        regions: tuple[tuple[slice, ...] | None, tuple[slice, ...] | None] = (None, None),
     ) -> None:
-        """Takes consecutive rows of codes, then of scales, in place of what is there."""
-        backend.assign_row_blocks(self.codes, codes, region)
-        backend.assign_row_blocks(self.scales, scales, region)
+        """Takes consecutive rows of codes, then of scales, in place of what is there.
+
+        Args:
+            codes, scales: the rows.
+            regions: `own_regions`, where they are no more than those.
+        """
+        backend.assign_row_blocks(self.codes, codes, regions[0])
+        backend.assign_row_blocks(self.scales, scales, regions[1])
 
     def numpy(self) -> np.ndarray:
         """The whole matrix in float32."""

@@ -10,7 +10,7 @@ from keras_gemma2.planning.plan import Plan
 from keras_gemma2.planning.settings import MOST_DEVICES
 from keras_gemma2.training.memory import format_bytes
 
-_ROW, _COLUMN = 26, 12
+_ROW, _COLUMN, _TIME = 26, 12, 14
 
 
 def report(plan: Plan, chips: list[Chip]) -> str:
@@ -57,13 +57,14 @@ def _step(plan: Plan, step: Any) -> str:
 
 
 def _times(plan: Plan, step: Any, chips: list[Chip]) -> str:
-    lines = [f"  {'':<15}{'compute':>11}{'memory':>11}{'between':>11}{'at least':>11}{'in turn':>11}{'tokens/s':>11}   limit"]
+    heads = ("compute", "memory", "between", "at least", "in turn")
+    lines = [f"  {'':<15}{''.join(f'{head:>{_TIME}}' for head in heads)}{'tokens/s':>11}   limit"]
     for chip in chips:
         found = plan.estimate(step, chip)
         fits = plan.total <= chip.memory
         limit = found.limit if fits else f"does not fit ({format_bytes(chip.memory)})"
         times = (found.compute, found.memory, found.interconnect, found.at_least, found.in_turn)
-        cells = "".join(f"{_milliseconds(seconds):>11}" for seconds in times)
+        cells = "".join(f"{_milliseconds(seconds):>{_TIME}}" for seconds in times)
         lines.append(f"  {chip.name:<15}{cells}{step.tokens / found.in_turn:>11,.0f}   {limit}")
     return "\n".join([f"{step.name}, time by the chips' peak rates", *lines])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from keras_gemma2 import backend
 from keras_gemma2.backbone import Gemma2Backbone
 from keras_gemma2.checkpoints import reading
 from keras_gemma2.checkpoints.keras_objects import VOCABULARY_FILE, saved_preprocessor, saved_stop_token_ids
@@ -34,17 +35,17 @@ def load_object(cls: type, keras_hub_loader: Callable[..., Any], preset: Any, lo
         load_weights: whether to fill the weights.
         kwargs: arguments of the class; those of the backbone may be among them.
     """
-    if kwargs.get("quantize") is not None and issubclass(cls, keras.Model):
-        check_mode(kwargs["quantize"])  # before anything is downloaded
-    if issubclass(cls, Gemma2Backbone):
-        return _backbone(cls, resolve(preset, hub.WEIGHTS if load_weights else hub.CONFIG), load_weights, kwargs)
-    if issubclass(cls, keras.Model):
-        source = _resolve_task(preset, load_weights)
-        return _task(cls, keras_hub_loader, source, load_weights, kwargs)
-    source = _tokenizer_alone(preset) or resolve(preset, hub.TOKENIZER)
-    if _is_custom(source):
-        return _custom(keras_hub_loader, source, kwargs)
-    return _tokenizer(cls, source, kwargs) if issubclass(cls, Gemma2Tokenizer) else _preprocessor(cls, source, kwargs)
+    if not issubclass(cls, keras.Model):
+        source = _tokenizer_alone(preset) or resolve(preset, hub.TOKENIZER)
+        if _is_custom(source):
+            return _custom(keras_hub_loader, source, kwargs)
+        return _tokenizer(cls, source, kwargs) if issubclass(cls, Gemma2Tokenizer) else _preprocessor(cls, source, kwargs)
+    with backend.together():
+        if kwargs.get("quantize") is not None:
+            check_mode(kwargs["quantize"])  # before anything is downloaded
+        if issubclass(cls, Gemma2Backbone):
+            return _backbone(cls, resolve(preset, hub.WEIGHTS if load_weights else hub.CONFIG), load_weights, kwargs)
+        return _task(cls, keras_hub_loader, _resolve_task(preset, load_weights), load_weights, kwargs)
 
 
 def _resolve_task(preset: Any, load_weights: bool) -> Source:

@@ -13,6 +13,7 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from keras_gemma2.backend import tf_pipeline
 from keras_gemma2.training.data import FORMS, Reader, Report, check_something_is_learned, is_in_memory, say, unpacked
+from keras_gemma2.training.shares import check_rows_divide
 
 _NO_BATCHES = "The data must have at least one batch. Received a {} without."
 
@@ -49,7 +50,9 @@ class DataOfCall:
         """As `read`, for one batch that is in memory."""
         if not is_in_memory(x):
             raise ValueError(f"`{self._name}` must be one batch, in memory. Received: {x!r}. Pass what gives batches to `fit`.")
-        return self.read(x, y, sample_weight)
+        arrays = self.read(x, y, sample_weight)
+        check_rows_divide(len(arrays[1]), f"`{self._name}` of {len(arrays[1])} rows")
+        return arrays
 
     def read_validation(self, validation_data: Any) -> Any:
         """`validation_data` in the forms of x, or as a tuple `(x, y[, sample_weight])`, for Keras."""
@@ -63,6 +66,7 @@ class DataOfCall:
         """
         try:
             (x, y, weights), report = self._reader.arrays(*unpacked(batch))
+            check_rows_divide(len(y), f"{len(y)} rows")
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             self._error = kind(f"Batch {number} of `{self._name}`: {error}")

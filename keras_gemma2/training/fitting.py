@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 
-from keras_gemma2 import backend
-from keras_gemma2.training.data import Reader
+from keras_gemma2.training.data import Reader, unpacked
 from keras_gemma2.training.data_streams import DataOfCall, SaysWhatWasCut, with_callbacks
+from keras_gemma2.training.shares import check_batches_divide
 from keras_gemma2.training.stop_on_nan import StopOnNaN
 
 
@@ -57,9 +57,11 @@ class FitsText:
             raise ValueError("`class_weight` does not apply to a language model: its classes are tokens. Use `sample_weight`.")
         data, validation = self._data(pack), self._data(pack, "validation_data")
         x, y, sample_weight = data.read(x, y, sample_weight, batch_size)
-        _check_divides(x, batch_size, kwargs.get("steps_per_epoch"))
+        check_batches_divide(x, batch_size, kwargs.get("steps_per_epoch"))
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = validation.read_validation(kwargs["validation_data"])
+            size, steps = kwargs.get("validation_batch_size") or batch_size, kwargs.get("validation_steps")
+            check_batches_divide(unpacked(kwargs["validation_data"])[0], size, steps, "validation_data")
         guard = StopOnNaN() if stop_on_nan is True else stop_on_nan or None
         kwargs["callbacks"] = with_callbacks(kwargs.get("callbacks"), SaysWhatWasCut(data, validation), guard)
         restoring = guard.restoring() if guard else contextlib.nullcontext()
@@ -82,7 +84,7 @@ class FitsText:
             return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **arguments)
         data = self._data(pack)
         x, y, sample_weight = data.read(x, y, sample_weight, batch_size)
-        _check_divides(x, batch_size, kwargs.get("steps"))
+        check_batches_divide(x, batch_size, kwargs.get("steps"))
         with data.telling(), self.keeping_values():
             return keras.Model.evaluate(self, x, y, sample_weight=sample_weight, **arguments)
 
@@ -90,7 +92,7 @@ class FitsText:
         """Float32 logits `[B, T, V]`; inputs as `fit` takes them, without labels."""
         data = self._data()
         x, _, _ = data.read(x, batch_size=batch_size)
-        _check_divides(x, batch_size, kwargs.get("steps"))
+        check_batches_divide(x, batch_size, kwargs.get("steps"))
         with data.telling(), self.keeping_values():
             return keras.Model.predict(self, x, batch_size=batch_size, **kwargs)
 
@@ -113,25 +115,3 @@ class FitsText:
 
     def _data(self, pack: bool = False, name: str = "x") -> DataOfCall:
         return DataOfCall(Reader(self.preprocessor, self.backbone.config.vocabulary_size, pack), name)
-
-
-def _check_divides(x: Any, batch_size: int | None, steps: int | None) -> None:
-    """Refuses batches whose rows do not divide among this process's groups of devices, before any is run.
-
-    Args:
-        x: what was read; batches that come one by one are not known yet.
-        batch_size: as `fit` takes it.
-        steps: of an epoch, if not all that there are.
-    """
-    groups = backend.local_groups()
-    if groups == 1 or not isinstance(x, dict) or "token_ids" not in x:
-        return
-    rows, size = len(x["token_ids"]), batch_size or 32
-    whole, last = divmod(rows, size)
-    for count in ({size} if whole else set()) | ({last} if last and (steps is None or steps > whole) else set()):
-        if count % groups:
-            raise ValueError(
-                f"A batch's rows must divide among {groups} groups of devices. Received: {rows} rows with batch_size={size}, "
-                f"which make a batch of {count}. Choose a `batch_size` that is a multiple of {groups}, and leave out the last "
-                f"{last} rows."
-            )

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from keras_gemma2 import backend
 from keras_gemma2.text_inputs import shorten
 from keras_gemma2.training.packing import PackedSamples
 
@@ -73,3 +74,44 @@ def _taken(data: Any, rows: slice) -> Any:
     if isinstance(data, Mapping):
         return {name: _taken(part, rows) for name, part in data.items()}
     return tuple(_taken(part, rows) for part in data)
+
+
+# Batches on several devices ---------------------------------------------------------------------------------------------
+
+
+def check_batches_divide(x: Any, batch_size: int | None, steps: int | None = None, name: str = "x") -> None:
+    """Refuses batches whose rows do not divide among this process's groups of devices, before any is run.
+
+    Args:
+        x: what was read; batches that come one by one are looked at as they come.
+        batch_size: as `fit` takes it.
+        steps: of an epoch, if not all that there are.
+        name: what errors call the data.
+
+    Raises:
+        ValueError: naming the rows and the batch size.
+    """
+    if backend.local_groups() == 1 or not isinstance(x, dict) or "token_ids" not in x:
+        return
+    rows, size = len(x["token_ids"]), batch_size or 32
+    whole, last = divmod(rows, size)
+    for count in ({size} if whole else set()) | ({last} if last and (steps is None or steps > whole) else set()):
+        check_rows_divide(count, f"{rows} rows of `{name}` with batch_size={size}, which make a batch of {count}")
+
+
+def check_rows_divide(count: int, said: str) -> None:
+    """Refuses a batch whose rows do not divide among this process's groups of devices.
+
+    Args:
+        count: of its rows.
+        said: what was received.
+
+    Raises:
+        ValueError: with the sizes that do.
+    """
+    groups = backend.local_groups()
+    if count % groups:
+        raise ValueError(
+            f"A batch's rows must divide among {groups} groups of devices. Received: {said}. Make batches of a multiple of "
+            f"{groups} rows, and leave out a last one that is smaller."
+        )

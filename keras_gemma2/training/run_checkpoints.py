@@ -1,0 +1,160 @@
+"""Training that goes on from a checkpoint of `keras.callbacks.OrbaxCheckpoint`, on any mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+
+from keras_gemma2 import backend
+from keras_gemma2.errors import CheckpointError, MissingFileError
+
+GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables")  # of Keras's tree; metrics begin anew
+_MOST_NAMED = 3  # differences in an error
+_NUMBERED = re.compile(r"(.*?)(?:_(\d+))?")
+
+
+def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int | None = None) -> int:
+    """Puts a model and its optimizer back as `keras.callbacks.OrbaxCheckpoint` has saved them.
+
+    The mesh may be another one than that of the run, or none: each device reads its own part. The model must have the adapters it
+    had, and be compiled with an optimizer of the same kind. Of several processes all must call it.
+
+    Args:
+        model: a compiled `Gemma2CausalLM` or `Distiller`.
+        directory: as the callback has it; `~` is expanded.
+        step: which of its checkpoints; None for the last.
+
+    Returns:
+        The step: with the callback's `save_freq="epoch"` the number of the epoch that had ended, from 0.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or none of this step; if its variables are not this model's or its optimizer's.
+            Nothing is changed then. With several processes, on each if one fails.
+        ValueError: for a model that is not compiled.
+        ImportError: without orbax-checkpoint.
+        TypeError: if `directory` is no path, or `step` no whole number.
+
+    Example:
+        >>> lm.fit(texts, epochs=5, callbacks=[keras.callbacks.OrbaxCheckpoint("/runs/a")])  # ends in epoch 3
+        >>> done = restore_checkpoint(lm, "/runs/a") + 1  # in a new process, on 4 devices instead of 8
+        >>> lm.fit(texts, initial_epoch=done, epochs=5)
+    """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"`directory` must be a path. Received: {directory!r}, of type {type(directory).__name__}.")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
+        raise TypeError(f"`step` must be a whole number or None. Received: {step!r}, of type {type(step).__name__}.")
+    if getattr(model, "optimizer", None) is None:
+        raise ValueError("`model` must be compiled with an optimizer of the kind that the checkpoint was saved with.")
+    orbax = _orbax()
+    folder = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+    with backend.together():
+        step = _step(folder, step)
+        where = os.path.join(folder, str(step))
+        stored = _stored(orbax, where)
+        places = _matched(stored, model, where)
+    leaves = {path: backend.stored_like(leaf, places.get(path)) for path, leaf in stored.items()}
+    with _explained(where):
+        found = dict(_flat(orbax.load_checkpointables(where, {"pytree": _nested(leaves)})["pytree"]))
+    for path, variable in places.items():
+        variable.assign(found.pop(path))
+    return step
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError("Checkpoints of a run need orbax-checkpoint: pip install orbax-checkpoint") from error
+    return orbax.checkpoint.v1
+
+
+def _step(folder: str, step: int | None) -> int:
+    """The step asked for, or the last there is."""
+    if not os.path.isdir(folder):
+        raise MissingFileError(f"There is no folder {folder!r} to take a checkpoint from.")
+    steps = sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+    if not steps:
+        raise MissingFileError(f"{folder!r} has no checkpoint that `keras.callbacks.OrbaxCheckpoint` has completed.")
+    if step is not None and step not in steps:
+        raise MissingFileError(f"{folder!r} has no checkpoint of step {step}. There are: {', '.join(map(str, steps))}.")
+    return steps[-1] if step is None else step
+
+
+def _stored(orbax: Any, where: str) -> dict[str, Any]:
+    """What a checkpoint says of each array that it holds, by group and path."""
+    with _explained(where):
+        stored = orbax.checkpointables_metadata(where).metadata.get("pytree")
+    if not isinstance(stored, Mapping) or GROUPS[0] not in stored:
+        raise CheckpointError(f"{where!r} is no checkpoint of `keras.callbacks.OrbaxCheckpoint`, or a damaged one.")
+    if GROUPS[2] not in stored:
+        raise CheckpointError(
+            f"{where!r} has weights alone (save_weights_only=True), from which training cannot go on as it was. Save without it."
+        )
+    return dict(_flat(stored))
+
+
+def _matched(stored: Mapping[str, Any], model: Any, where: str) -> dict[str, keras.Variable]:
+    """The model's variables by the paths that theirs have in a checkpoint; refuses one of other variables."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    groups = model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
+    own = {f"{name}/{variable.path}": variable for name, group in zip(GROUPS, groups) for variable in group}
+    own_paths, their_paths = _by_rank(own), _by_rank(path for path in stored if path.partition("/")[0] in GROUPS and "/" in path)
+    odd = []
+    for key in sorted(own_paths.keys() | their_paths.keys()):
+        here = tuple(own[own_paths[key]].shape) if key in own_paths else "nothing"
+        there = tuple(getattr(stored[their_paths[key]], "shape", None) or ()) if key in their_paths else "nothing"
+        if here != there:
+            odd.append(f"{own_paths.get(key) or their_paths[key]!r} ({there} there, {here} here)")
+    if odd:
+        more = f" and {len(odd) - _MOST_NAMED} more" if len(odd) > _MOST_NAMED else ""
+        raise CheckpointError(
+            f"The checkpoint {where!r} is of another model or optimizer. They differ in {', '.join(odd[:_MOST_NAMED])}{more}. Make "
+            "the model as for the run that saved it, adapters and `compile` included."
+        )
+    return {their_paths[key]: own[path] for key, path in own_paths.items()}
+
+
+def _by_rank(paths: Iterable[str]) -> dict[tuple[str, int], str]:
+    """Paths by what they are without the numbers that Keras gives names in one process (`adam_1/iteration`), and their rank."""
+    alike: dict[str, list[tuple[int, str]]] = {}
+    for path in paths:
+        group, name, *rest = path.split("/")
+        stem, number = _NUMBERED.fullmatch(name).groups()
+        alike.setdefault("/".join([group, stem, *rest]), []).append((-1 if number is None else int(number), path))
+    return {(name, rank): path for name, found in alike.items() for rank, (_, path) in enumerate(sorted(found))}
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what Orbax makes of damaged files
+        raise CheckpointError(f"The checkpoint {where!r} cannot be read: {type(error).__name__}: {error}") from error
+
+
+# Keras's trees: variables' paths, split at each "/" ---------------------------------------------------------------------
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:  # an empty one is a leaf
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[name] = leaf
+    return tree

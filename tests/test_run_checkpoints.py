@@ -1,0 +1,58 @@
+"""Runs that go on from a checkpoint of Keras's own Orbax callback."""
+
+import distributed_steps as steps
+import keras
+import numpy as np
+import pytest
+
+from keras_gemma2 import CheckpointError, restore_checkpoint
+
+
+def fit(lm, folder=None, **arguments):
+    x, y, weights = next(steps.batches(1, rows=8))
+    saves = [keras.callbacks.OrbaxCheckpoint(str(folder), **arguments.pop("options", {}))] if folder else []
+    history = lm.fit(x, y, sample_weight=weights, batch_size=4, shuffle=False, verbose=0, callbacks=saves, **arguments)
+    return history.history["loss"]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_goes_on(lora, tmp_path):
+    whole = steps.model(lora)
+    losses = fit(whole, tmp_path, epochs=3, options={"max_to_keep": None})
+    for step, epoch in ((1, 2), (None, 3)):
+        lm = steps.model(lora, seed=8)  # other weights
+        assert restore_checkpoint(lm, tmp_path, step) == epoch - 1
+        if epoch == 2:
+            assert fit(lm, initial_epoch=2, epochs=3) == pytest.approx(losses[2:], abs=1e-6)  # one sum at least in another order
+        steps.assert_same_weights(lm, whole)
+        assert int(lm.optimizer.iterations) == 6
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    lm = steps.model(lora=True)
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        restore_checkpoint(lm, tmp_path / "none")
+    with pytest.raises(CheckpointError, match="has no checkpoint that"):
+        restore_checkpoint(lm, tmp_path)
+    fit(lm, tmp_path / "a")
+    fit(lm, tmp_path / "b", options={"save_weights_only": True})
+    before = [np.array(keras.ops.convert_to_numpy(variable)) for variable in lm.variables]
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3. There are: 0"):
+        restore_checkpoint(lm, tmp_path / "a", 3)
+    with pytest.raises(CheckpointError, match="has weights alone"):
+        restore_checkpoint(lm, tmp_path / "b")
+    with pytest.raises(CheckpointError, match="differ in .*nothing here.* more. Make the model as for the run"):
+        restore_checkpoint(steps.model(), tmp_path / "a")
+    with pytest.raises(CheckpointError, match="'token_embedding/embeddings'|hidden|there"):
+        restore_checkpoint(steps.model(lora=True, hidden_dim=48), tmp_path / "a")
+    for path in (tmp_path / "a").rglob("d/*"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="or a damaged one|cannot be read"):
+        restore_checkpoint(lm, tmp_path / "a")
+    for value, variable in zip(before, lm.variables):
+        assert np.array_equal(value, keras.ops.convert_to_numpy(variable))
+    with pytest.raises(ValueError, match="`model` must be compiled"):
+        restore_checkpoint(keras.Sequential(), tmp_path / "a")
+    for arguments, named in (((lm, 3), "directory"), ((lm, tmp_path, "1"), "step"), ((lm, tmp_path, True), "step")):
+        with pytest.raises(TypeError, match=f"`{named}` must be"):
+            restore_checkpoint(*arguments)
