@@ -146,7 +146,8 @@ class HasAdapters:
 
         name = DEFAULT if name is None else name
         check_adapter_name(name)
-        settings, values = read_adapter(folder, self._adapters.config)
+        with backend.together():
+            settings, values = read_adapter(folder, self._adapters.config)
         self._add_adapter(name, settings, values)
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -162,20 +161,12 @@ def test_processes_that_differ_are_told(tmp_path):
         spread.made(4).export_to_transformers(tmp_path / name, max_shard_size=100_000)
     lost = sorted((tmp_path / "of_1").glob("*.safetensors"))[1]
     lost.unlink()
-    codes, outputs, errors = two_processes((2, 4), tmp_path, SPREAD_FAULT="differs")
+    codes, outputs, errors = two_processes((2, 4), tmp_path, SPREAD_FAULTS="1")
     assert codes == [0, 0], "\n".join(error[-2000:] for error in errors)
     for index, output in enumerate(outputs):
         found = json.loads(output.splitlines()[-1])
         assert "must make the same model" in found["config"] and "'num_key_value_heads': 8" in found["config"]
         assert lost.name in found["file"] and found["file"].startswith("OtherProcessError: Process 1 of 2") == (index == 0)
-
-
-def test_a_lost_process_ends_the_other(tmp_path):
-    start = time.monotonic()
-    codes, _, errors = two_processes((2, 4), tmp_path, SPREAD_FAULT="gone")
-    assert codes[1] == 9 and codes[0] not in (0, 9)
-    assert time.monotonic() - start < 120
-    assert "Connection closed by peer" in errors[0] or "heartbeat" in errors[0], errors[0][-2000:]
 
 
 @pytest.mark.parametrize("mesh", [(2, 4), (1, 8)])  # each process has its own rows, or both have parts of all matrices
@@ -184,12 +175,20 @@ def test_two_processes_hold_one_model(mesh, tmp_path):
     int8.save_to_preset(tmp_path / "int8")
     lm = spread.made(4)
     lm.export_to_transformers(tmp_path / "start")
+    tuned = spread.made(4)
+    tuned.enable_lora(4)
+    for number, variable in enumerate(tuned.trainable_variables):
+        variable.assign(np.random.default_rng(number).normal(0, 0.3, variable.shape))
+    tuned.save_adapter(tmp_path / "adapter")
     codes, outputs, errors = two_processes(mesh, tmp_path)
     assert not any(codes), "\n".join(error[-2000:] for error in errors)
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
 
+    def greedy(model):
+        return np.asarray(model.generate(spread.prompts(), max_length=30, stop_token_ids=None)["token_ids"]).tolist()
+
     for name, model in (("start", lm), ("int8", int8)):
-        expected = np.asarray(model.generate(spread.prompts(), max_length=30, stop_token_ids=None)["token_ids"]).tolist()
+        expected = greedy(model)
         assert found[0][f"{name} greedy"] == found[1][f"{name} greedy"] == expected
         weights = sum(path.stat().st_size for path in (tmp_path / name).iterdir() if path.suffix in (".safetensors", ".h5"))
         for one in found:
@@ -206,6 +205,10 @@ def test_two_processes_hold_one_model(mesh, tmp_path):
         assert np.abs(np.subtract(mesh_of_one, losses[2:])).max() <= CLOSE
     assert "Process 1 of 2 has failed: MissingFileError" in found[0]["no run"] and "/none" in found[1]["no run"]
     assert "no_folder" in found[0]["refused"] and "The first process could not write" in found[1]["refused"]
+    assert "Process 1 of 2 has failed: MissingFileError" in found[0]["no adapter"] and "/none" in found[1]["no adapter"]
+    lm.load_adapter(tmp_path / "adapter")
+    assert found[0]["adapted"] == found[1]["adapted"] == greedy(lm) != found[0]["again"]
+    lm.delete_adapter("default")
     for name in ("saved", "exported"):
         again = Gemma2CausalLM.from_preset(tmp_path / name, preprocessor=None)
         assert np.abs(np.asarray(again(x)) - np.asarray(lm(x))).max() <= CLOSE, name
