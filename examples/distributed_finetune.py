@@ -82,7 +82,7 @@ def train(lm: Any, data: Any, options: argparse.Namespace, batch_size: int, inde
     on_jax = keras.backend.backend() == "jax"  # where processes have parts of the model, and each gives its own
     for epoch in range(restored_epochs(lm, options.output), options.epochs):
         keras.utils.set_random_seed(options.seed + epoch)
-        callbacks = [keras.callbacks.OrbaxCheckpoint(str(options.output.absolute() / CHECKPOINTS))] if on_jax else []
+        callbacks = [keras_gemma2.RunCheckpoint(options.output / CHECKPOINTS)] if on_jax else []
         arguments = {"initial_epoch": epoch, "epochs": epoch + 1, "steps_per_epoch": options.steps, "callbacks": callbacks}
         history = lm.fit(data, batch_size=batch_size, verbose=0, **arguments)
         if index == 0:

@@ -21,6 +21,7 @@ _PUBLIC = {
     "Gemma2CausalLMPreprocessor": "keras_gemma2.preprocessor",
     "Gemma2Config": "keras_gemma2.config",
     "Gemma2Tokenizer": "keras_gemma2.tokenizer",
+    "RunCheckpoint": "keras_gemma2.training.run_checkpoints",
     "Sampler": "keras_gemma2.generation.sampler",
     "TeacherRecords": "keras_gemma2.training.teacher_records",
     "chat_token_ids": "keras_gemma2.chat",

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 from keras_gemma2.errors import CheckpointError
@@ -18,6 +19,8 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system: no locks, so leftovers of killed processes stay
     fcntl = None
+
+PROBE = 4096  # bytes
 
 # What writers of this package, keras-hub and transformers name the files of a checkpoint, as paths from its folder. No wider:
 # `epoch_03.weights.h5`, `model_final.weights.h5` or `adapter_model.safetensors` beside them are the user's.
@@ -121,6 +124,31 @@ def replacing_folder(
             with contextlib.suppress(OSError):  # another process uses it already
                 os.rmdir(folder)
         raise
+
+
+def writable_folder(target: str | os.PathLike[str], needed_bytes: int = 0) -> str:
+    """A folder, made if missing, once it is known that it can be written to and has room.
+
+    Args:
+        target: the folder, as `folder_path` takes it.
+        needed_bytes: the room.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        CheckpointError: if the folder or a parent is a file, it may not be written to, or the disk has too little room.
+        TypeError: if the target is no path.
+    """
+    shown = folder_path(target)
+    path = os.path.realpath(shown)
+    with _clear_errors(shown, needed_bytes):
+        _missing_parents(path)
+        os.makedirs(path, exist_ok=True)
+        _check_room(shown, path, needed_bytes)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b" " * PROBE)
+    return path
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import keras  # noqa: E402 - JAX is to know of the other process first
 import numpy as np  # noqa: E402
 import spread  # noqa: E402
 
-from keras_gemma2 import Gemma2CausalLM, restore_checkpoint  # noqa: E402
+from keras_gemma2 import Gemma2CausalLM, RunCheckpoint, restore_checkpoint  # noqa: E402
 from keras_gemma2.distribution import make_distribution, shard_of  # noqa: E402
 
 
@@ -32,6 +33,16 @@ def message(function):
     except Exception as error:  # what it was is for the test to say
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def no_room_for_the_second(lm, data):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if index == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))  # bytes of a file
+    try:
+        lm.fit(**data, batch_size=len(data["y"]), verbose=0, callbacks=[RunCheckpoint(f"{folder}/full")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
 def faults():
@@ -58,9 +69,10 @@ with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=
     x, labels, weights = spread.data()
     data = shard_of({"x": x, "y": labels, "sample_weight": weights})
     lm.compile(optimizer=keras.optimizers.Adam(1e-3))
-    saves = keras.callbacks.OrbaxCheckpoint(f"{folder}/run", max_to_keep=None)
+    saves = RunCheckpoint(f"{folder}/run", max_to_keep=None)
     arguments = {"batch_size": len(data["y"]), "shuffle": False, "verbose": 0}
     found["losses"] = lm.fit(**data, epochs=3, callbacks=[saves], **arguments).history["loss"]
+    found["no room"] = message(lambda: no_room_for_the_second(lm, data))
     found["no run"] = message(lambda: restore_checkpoint(lm, f"{folder}/run" if index == "0" else f"{folder}/none"))
     restore_checkpoint(lm, f"{folder}/run", 1)
     found["losses again"] = lm.fit(**data, initial_epoch=2, epochs=3, **arguments).history["loss"]

@@ -201,8 +201,10 @@ def test_two_processes_hold_one_model(mesh, tmp_path):
         assert np.abs(np.subtract(one["losses"], losses)).max() <= CLOSE
         assert np.abs(np.subtract(one["losses again"], losses[2:])).max() <= CLOSE
         assert one["again"] == found[0]["again"]
-    for mesh_of_one in asked(("resumed", 4, str(tmp_path / "run"), [[4, 2], [1, 8]]))[0]:
-        assert np.abs(np.subtract(mesh_of_one, losses[2:])).max() <= CLOSE
+    if mesh == (2, 4):
+        for others in asked(("resumed", 4, str(tmp_path / "run"), [[4, 2], [1, 8]]))[0]:
+            assert np.abs(np.subtract(others, losses[2:])).max() <= CLOSE
+    assert "Process 1 of 2 has failed: CheckpointError" in found[0]["no room"] and "cannot be written" in found[1]["no room"]
     assert "Process 1 of 2 has failed: MissingFileError" in found[0]["no run"] and "/none" in found[1]["no run"]
     assert "no_folder" in found[0]["refused"] and "The first process could not write" in found[1]["refused"]
     assert "Process 1 of 2 has failed: MissingFileError" in found[0]["no adapter"] and "/none" in found[1]["no adapter"]

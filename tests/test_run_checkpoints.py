@@ -1,16 +1,20 @@
-"""Runs that go on from a checkpoint of Keras's own Orbax callback."""
+"""Runs that go on from a checkpoint of Keras's own Orbax callback, and what is said where one cannot be written."""
+
+import os
+import subprocess
+import sys
 
 import distributed_steps as steps
 import keras
 import numpy as np
 import pytest
 
-from keras_gemma2 import CheckpointError, restore_checkpoint
+from keras_gemma2 import CheckpointError, RunCheckpoint, restore_checkpoint
 
 
 def fit(lm, folder=None, **arguments):
     x, y, weights = next(steps.batches(1, rows=8))
-    saves = [keras.callbacks.OrbaxCheckpoint(str(folder), **arguments.pop("options", {}))] if folder else []
+    saves = [RunCheckpoint(folder, **arguments.pop("options", {}))] if folder else []
     history = lm.fit(x, y, sample_weight=weights, batch_size=4, shuffle=False, verbose=0, callbacks=saves, **arguments)
     return history.history["loss"]
 
@@ -56,3 +60,38 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for arguments, named in (((lm, 3), "directory"), ((lm, tmp_path, "1"), "step"), ((lm, tmp_path, True), "step")):
         with pytest.raises(TypeError, match=f"`{named}` must be"):
             restore_checkpoint(*arguments)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    lm = steps.model()
+    before = [np.array(keras.ops.convert_to_numpy(variable)) for variable in lm.variables]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        fit(lm, tmp_path / "file" / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+        with pytest.raises(CheckpointError, match="is full: this save needs 0.00 GB and 0.00 GB are free"):
+            fit(lm, tmp_path / "run")
+    for value, variable in zip(before, lm.variables):
+        assert np.array_equal(value, keras.ops.convert_to_numpy(variable))  # no step was made
+    with pytest.raises(TypeError, match="`directory` must be the path"):
+        RunCheckpoint(3)
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import test_run_checkpoints as test
+lm = test.steps.model()
+test.fit(lm)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # more than what is written to try
+test.fit(lm, sys.argv[2])
+"""
+
+
+def test_a_save_that_fails_in_the_background(tmp_path):
+    command = [sys.executable, "-c", FULL, os.path.dirname(__file__), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode and "File too large" in done.stderr, done.stderr[-3000:]
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        restore_checkpoint(steps.model(), tmp_path / "run")

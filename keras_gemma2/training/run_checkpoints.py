@@ -1,8 +1,9 @@
-"""Training that goes on from a checkpoint of `keras.callbacks.OrbaxCheckpoint`, on any mesh."""
+"""Checkpoints of a run, by Keras's own Orbax callback, and training that goes on from them, on any mesh."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,14 +13,73 @@ import keras
 
 from keras_gemma2 import backend
 from keras_gemma2.errors import CheckpointError, MissingFileError
+from keras_gemma2.staging import folder_path, writable_folder
 
 GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables")  # of Keras's tree; metrics begin anew
+_BITS = {"float64": 64, "int64": 64, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "bool": 8}  # others have 32
 _MOST_NAMED = 3  # differences in an error
 _NUMBERED = re.compile(r"(.*?)(?:_(\d+))?")
 
 
+class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
+    """`keras.callbacks.OrbaxCheckpoint`, which saves model, optimizer and seeds, each process its own part; but errors are told.
+
+    When training begins and before each epoch's save every process looks whether it can write and has room for its part: if one
+    has not, all raise, before anything is written. (A process that fails while it writes leaves the others waiting for Orbax.) And
+    a save that has failed in the background raises at the end of training, where Keras's callback says nothing. What was saved
+    before stays.
+
+    Frozen weights are saved, too. With PyTorch or TensorFlow in several processes give it to one.
+
+    Args:
+        directory: made if missing, `~` expanded; all processes must see it.
+        **kwargs: as `keras.callbacks.OrbaxCheckpoint` takes them: `save_freq` ("epoch", or steps), `max_to_keep` (1),
+            `save_on_background` (True), `monitor`, `save_best_only`, ...
+
+    Raises:
+        CheckpointError: on each process, if one cannot write or, in training, has too little room.
+        ImportError: without orbax-checkpoint.
+        TypeError: if `directory` is no path.
+
+    Example:
+        >>> lm.fit(texts, epochs=5, callbacks=[RunCheckpoint("/runs/a")])
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        _orbax()
+        folder = folder_path(directory, "directory")
+        with backend.together():
+            writable_folder(folder)
+        super().__init__(folder, **kwargs)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        self._look_for_room()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self.save_freq == "epoch":
+            self._look_for_room()
+        super().on_epoch_end(epoch, logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.wait_until_finished()
+        super().on_train_end(logs)
+
+    def _look_for_room(self) -> None:
+        variables = [*self.model.variables, *self.model.optimizer.variables]
+        with backend.together():
+            writable_folder(self.directory, sum(map(_own_bytes, variables)))
+
+
+def _own_bytes(variable: keras.Variable) -> int:
+    """What this process's devices hold of a variable."""
+    region = backend.own_region(variable) or tuple(slice(0, size) for size in variable.shape)
+    bits = _BITS.get(keras.backend.standardize_dtype(variable.dtype), 32)
+    return math.prod(part.stop - part.start for part in region) * bits // 8
+
+
 def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int | None = None) -> int:
-    """Puts a model and its optimizer back as `keras.callbacks.OrbaxCheckpoint` has saved them.
+    """Puts a model and its optimizer back as `RunCheckpoint`, or `keras.callbacks.OrbaxCheckpoint`, has saved them.
 
     The mesh may be another one than that of the run, or none: each device reads its own part. The model must have the adapters it
     had, and be compiled with an optimizer of the same kind. Of several processes all must call it.
@@ -40,18 +100,16 @@ def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int 
         TypeError: if `directory` is no path, or `step` no whole number.
 
     Example:
-        >>> lm.fit(texts, epochs=5, callbacks=[keras.callbacks.OrbaxCheckpoint("/runs/a")])  # ends in epoch 3
+        >>> lm.fit(texts, epochs=5, callbacks=[RunCheckpoint("/runs/a")])  # ends in epoch 3
         >>> done = restore_checkpoint(lm, "/runs/a") + 1  # in a new process, on 4 devices instead of 8
         >>> lm.fit(texts, initial_epoch=done, epochs=5)
     """
-    if not isinstance(directory, (str, os.PathLike)):
-        raise TypeError(f"`directory` must be a path. Received: {directory!r}, of type {type(directory).__name__}.")
+    folder = folder_path(directory, "directory")
     if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
         raise TypeError(f"`step` must be a whole number or None. Received: {step!r}, of type {type(step).__name__}.")
     if getattr(model, "optimizer", None) is None:
         raise ValueError("`model` must be compiled with an optimizer of the kind that the checkpoint was saved with.")
     orbax = _orbax()
-    folder = os.path.abspath(os.path.expanduser(os.fspath(directory)))
     with backend.together():
         step = _step(folder, step)
         where = os.path.join(folder, str(step))
