@@ -12,7 +12,7 @@
 The folder gets the adapter (`lm.load_adapter("tuned")`), or with `--lora-rank 0`, which trains all weights, the model
 (`Gemma2CausalLM.from_preset("tuned")`). It must be one that all machines see. A run that was interrupted goes on after its last
 whole epoch when the same command is given again, to the same losses; on JAX the mesh may be another one. (With another number of
-processes rows are shuffled in another order.)
+processes rows are shuffled in another order.) Where the folder has a result already, nothing is done.
 """
 
 from __future__ import annotations
@@ -108,8 +108,10 @@ def save_state(lm: Any, folder: Path, epochs: int) -> None:
 def restored_epochs(lm: Any, folder: Path) -> int:
     """Epochs that an interrupted run has made; the model becomes as it was after them."""
     if keras.backend.backend() == "jax":
-        is_there = any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
-        return keras_gemma2.restore_checkpoint(lm, folder / CHECKPOINTS) + 1 if is_there else 0
+        try:
+            return keras_gemma2.restore_checkpoint(lm, folder / CHECKPOINTS) + 1
+        except FileNotFoundError:
+            return 0
     if not (folder / STATE).exists():
         return 0
     with np.load(folder / STATE) as file:
@@ -170,6 +172,10 @@ def whole_batches(data: Any, batch_size: int) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Trains with the backend that KERAS_BACKEND names."""
     options = parse_arguments(arguments)
+    result = options.output / ("adapter_config.json" if options.lora_rank else "config.json")
+    if result.exists() and not any((options.output / name).exists() for name in (STATE, CHECKPOINTS)):
+        print(f"{options.output} has the result of a run that has ended. Choose another folder for another run.")
+        return
     {"torch": train_torch, "tensorflow": train_tensorflow, "jax": train_jax}[keras.backend.backend()](options)
 
 

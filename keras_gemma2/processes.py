@@ -16,8 +16,8 @@ def join_processes(timeout: float = TIMEOUT) -> None:
     not been done.
 
     JAX: as `keras.distribution.initialize`, from the same variables (KERAS_DISTRIBUTION_JOB_ADDRESSES, ..._NUM_PROCESSES and
-    ..._PROCESS_ID) or from what Cloud TPUs, Slurm, Open MPI and Kubernetes set; but a process that is gone ends the others after
-    `timeout`.
+    ..._PROCESS_ID) or from what Cloud TPUs, Slurm, Open MPI and Kubernetes (with the Python package kubernetes) say; but a process
+    that is gone ends the others after `timeout`.
 
     Args:
         timeout: seconds after which a process gives up another that it has not heard of. PyTorch counts what one of them does

@@ -6,17 +6,17 @@ import resource
 import sys
 from pathlib import Path
 
-import jax
+import keras
+import numpy as np
+import spread
+
+from keras_gemma2 import Gemma2CausalLM, RunCheckpoint, restore_checkpoint
+from keras_gemma2.distribution import join_processes, make_distribution, shard_of
 
 port, index, batch, model, folder = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", 2, int(index), heartbeat_timeout_seconds=20)
-
-import keras  # noqa: E402 - JAX is to know of the other process first
-import numpy as np  # noqa: E402
-import spread  # noqa: E402
-
-from keras_gemma2 import Gemma2CausalLM, RunCheckpoint, restore_checkpoint  # noqa: E402
-from keras_gemma2.distribution import make_distribution, shard_of  # noqa: E402
+names = ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")
+os.environ |= dict(zip((f"KERAS_DISTRIBUTION_{name}" for name in names), (f"localhost:{port}", "2", index)))
+join_processes(timeout=20)
 
 
 def bytes_read():
@@ -36,11 +36,11 @@ def message(function):
 
 
 def no_room_for_the_second(lm, data):
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saves, unlimited = RunCheckpoint(f"{folder}/full"), resource.getrlimit(resource.RLIMIT_FSIZE)
     if index == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))  # bytes of a file
     try:
-        lm.fit(**data, batch_size=len(data["y"]), verbose=0, callbacks=[RunCheckpoint(f"{folder}/full")])
+        lm.fit(**data, batch_size=len(data["y"]), verbose=0, callbacks=[saves])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
@@ -60,7 +60,8 @@ if "SPREAD_FAULTS" in os.environ:
     sys.exit()
 
 with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=int(model)).scope():
-    Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None)  # what is imported on the way is read once
+    # What is imported on the way is read once. Nothing has set a seed here: what is drawn must be the same all the same.
+    Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None).enable_lora(2)
     found = {}
     for name in ("int8", "start"):
         before = bytes_read()
@@ -73,7 +74,10 @@ with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=
     arguments = {"batch_size": len(data["y"]), "shuffle": False, "verbose": 0}
     found["losses"] = lm.fit(**data, epochs=3, callbacks=[saves], **arguments).history["loss"]
     found["no room"] = message(lambda: no_room_for_the_second(lm, data))
-    found["no run"] = message(lambda: restore_checkpoint(lm, f"{folder}/run" if index == "0" else f"{folder}/none"))
+    fresh = spread.made(4)
+    fresh.compile(optimizer=keras.optimizers.Adam(1e-3))  # its variables are yet to be made
+    found["no run"] = message(lambda: restore_checkpoint(fresh, f"{folder}/run" if index == "0" else f"{folder}/none"))
+    found["other steps"] = message(lambda: restore_checkpoint(lm, f"{folder}/run", int(index)))
     restore_checkpoint(lm, f"{folder}/run", 1)
     found["losses again"] = lm.fit(**data, initial_epoch=2, epochs=3, **arguments).history["loss"]
     lm.save_to_preset(f"{folder}/saved")

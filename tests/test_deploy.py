@@ -100,7 +100,7 @@ def test_the_set_of_jobs_starts_the_example():
     variables = {variable["name"]: variable.get("value") for variable in worker["env"]}
     names = [f"KERAS_DISTRIBUTION_{name}" for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")]
     source = (ROOT / "keras_gemma2" / "backend" / "jax_processes.py").read_text("utf-8")
-    assert set(variables) == {"KERAS_BACKEND", *names} and all(f'"{name}"' in source for name in names)
+    assert set(variables) == {"KERAS_BACKEND", "HF_TOKEN", "HF_HOME", *names} and all(f'"{name}"' in source for name in names)
     assert int(variables[names[1]]) == job["completions"] == job["parallelism"] and job["completionMode"] == "Indexed"
     host, port = variables[names[0]].split(":")
     name = jobs["metadata"]["name"]

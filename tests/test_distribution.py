@@ -14,7 +14,7 @@ import spread
 
 from keras_gemma2 import Gemma2Backbone, Gemma2CausalLM
 from keras_gemma2.config import NAMED_SIZES
-from keras_gemma2.distribution import RECIPES, layout_map, make_distribution, make_mesh, model_sizes
+from keras_gemma2.distribution import RECIPES, join_processes, layout_map, make_distribution, make_mesh, model_sizes
 
 LAYERS, WIDTH, VOCABULARY = 2, 64, 256  # of spread.py
 CLOSE = 1e-5  # float32 sums in another order; values are of order 1
@@ -205,6 +205,7 @@ def test_two_processes_hold_one_model(mesh, tmp_path):
         for others in asked(("resumed", 4, str(tmp_path / "run"), [[4, 2], [1, 8]]))[0]:
             assert np.abs(np.subtract(others, losses[2:])).max() <= CLOSE
     assert "Process 1 of 2 has failed: CheckpointError" in found[0]["no room"] and "cannot be written" in found[1]["no room"]
+    assert all("must restore the same checkpoint" in one["other steps"] and "step 1" in one["other steps"] for one in found)
     assert "Process 1 of 2 has failed: MissingFileError" in found[0]["no run"] and "/none" in found[1]["no run"]
     assert "no_folder" in found[0]["refused"] and "The first process could not write" in found[1]["refused"]
     assert "Process 1 of 2 has failed: MissingFileError" in found[0]["no adapter"] and "/none" in found[1]["no adapter"]
@@ -214,6 +215,28 @@ def test_two_processes_hold_one_model(mesh, tmp_path):
     for name in ("saved", "exported"):
         again = Gemma2CausalLM.from_preset(tmp_path / name, preprocessor=None)
         assert np.abs(np.asarray(again(x)) - np.asarray(lm(x))).max() <= CLOSE, name
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (("localhost:1", "2", None), "JOB_ADDRESSES and KERAS_DISTRIBUTION_NUM_PROCESSES are set .*PROCESS_ID not: set all"),
+        (("localhost:1", "two", "0"), "NUM_PROCESSES must be a whole number. Received: 'two'"),
+        (("localhost:1", "2", "2"), "PROCESS_ID must be from 0 to .* Received: 2, of 2"),
+    ],
+)
+def test_what_joining_needs(values, said, monkeypatch):
+    for name, value in zip(("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID"), values):
+        if value is not None:
+            monkeypatch.setenv(f"KERAS_DISTRIBUTION_{name}", value)
+    with pytest.raises(RuntimeError, match=said):
+        join_processes()
+
+
+def test_joining_without_a_launcher():
+    command = [sys.executable, "-c", "from keras_gemma2.distribution import join_processes; join_processes()"]
+    done = subprocess.run(command, env={**os.environ, "KERAS_BACKEND": "jax"}, capture_output=True, text=True, timeout=100)
+    assert done.returncode and "RuntimeError: Several processes are to be joined, and nothing says where they are" in done.stderr
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_finetune.py"

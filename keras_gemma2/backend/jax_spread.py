@@ -188,6 +188,7 @@ def _copy_rows(array: np.ndarray, part: tuple, block: np.ndarray, first: int, re
 _NUMBERS: contextvars.ContextVar[dict[int, int] | None] = contextvars.ContextVar("numbers", default=None)
 _DONE, _FAILED = -1, -2
 _MESSAGE = 1000  # bytes of an error
+_IS_TOGETHER: contextvars.ContextVar[bool] = contextvars.ContextVar("is_together", default=False)
 _FAILURE = "\0"  # before the message of a process that has failed
 
 
@@ -253,8 +254,12 @@ def _is_at_hand(tensor: jax.Array) -> bool:
     return tensor.is_fully_addressable or tensor.is_fully_replicated
 
 
-def check_alike(text: str) -> None:
+def check_alike(text: str, rule: str = "make the same model, with the same versions") -> None:
     """Compares a text on all processes.
+
+    Args:
+        text: what must be the same.
+        rule: what all processes must do, for the error.
 
     Raises:
         ValueError: on each of them if it is not the same on all, with this one's and the first's.
@@ -268,8 +273,8 @@ def check_alike(text: str) -> None:
         index = jax.process_index()
         shown = others[0] if index == 0 else index
         raise ProcessesDifferError(
-            "All processes must make the same model, with the same versions. "
-            f"Those of index {others} differ from the first, which has {every[0]}; {shown} has {every[shown]}."
+            f"All processes must {rule}. Those of index {others} differ from the first, which has {every[0]}; "
+            f"{shown} has {every[shown]}."
         )
 
 
@@ -282,9 +287,10 @@ def together() -> Iterator[None]:
     Raises:
         CheckpointError: on the others, with the reason of the first that failed.
     """
-    if jax.process_count() == 1 or not is_spread():
+    if jax.process_count() == 1 or not is_spread() or _IS_TOGETHER.get():
         yield
         return
+    token = _IS_TOGETHER.set(True)
     try:
         yield
     except (ProcessesDifferError, OtherProcessError):
@@ -292,6 +298,8 @@ def together() -> Iterator[None]:
     except Exception as error:
         _tell(f"{_FAILURE}{type(error).__name__}: {error}")
         raise
+    finally:
+        _IS_TOGETHER.reset(token)
     _told("")
 
 

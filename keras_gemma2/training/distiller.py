@@ -18,6 +18,7 @@ from keras_gemma2.training.data_streams import DataOfCall
 from keras_gemma2.training.distillation_terms import SUMS, DistillationTerms
 from keras_gemma2.training.fitting import FitsText
 from keras_gemma2.training.recording import check_temperature
+from keras_gemma2.training.run_checkpoints import state_tree
 from keras_gemma2.training.steps import TrainsInChunks
 from keras_gemma2.training.teacher_records import IDS, PROBABILITIES, TeacherRecords, batches_in
 from keras_gemma2.training.token_metrics import DistillationMetrics
@@ -100,6 +101,10 @@ class Distiller(FitsText, TrainsInChunks, keras.Model):
         optimizer = keras.optimizers.Adam(2e-5) if isinstance(optimizer, str) and optimizer == "auto" else optimizer
         keras.Model.compile(self, optimizer=optimizer, **kwargs)
         self._is_chunked, self._token_metrics = True, DistillationMetrics()
+
+    def get_state_tree(self, value_format: str = "backend_tensor") -> dict[str, Any]:
+        """As `keras.Model.get_state_tree`, without the teacher, which training does not change."""
+        return state_tree(self, value_format)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """The student's float32 logits `[B, T, V]`; within a training or evaluation step the sums of its loss."""

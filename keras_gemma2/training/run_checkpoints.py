@@ -24,12 +24,12 @@ _NUMBERED = re.compile(r"(.*?)(?:_(\d+))?")
 class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
     """`keras.callbacks.OrbaxCheckpoint`, which saves model, optimizer and seeds, each process its own part; but errors are told.
 
-    When training begins and before each epoch's save every process looks whether it can write and has room for its part: if one
-    has not, all raise, before anything is written. (A process that fails while it writes leaves the others waiting for Orbax.) And
-    a save that has failed in the background raises at the end of training, where Keras's callback says nothing. What was saved
-    before stays.
+    When training begins and before each epoch's save every process looks whether it can write and has room: if one has not, all
+    raise, before anything is written. (A process that fails while it writes leaves the others waiting for Orbax.) An epoch that
+    would not be saved, as the folder has it or a later one already, is refused before it begins. And a save that has failed in the
+    background raises at the end of training, where Keras's callback says nothing. What was saved before stays.
 
-    Frozen weights are saved, too. With PyTorch or TensorFlow in several processes give it to one.
+    Frozen weights are saved, too, but for a `Distiller`'s teacher. With PyTorch or TensorFlow in several processes give it to one.
 
     Args:
         directory: made if missing, `~` expanded; all processes must see it.
@@ -37,7 +37,8 @@ class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
             `save_on_background` (True), `monitor`, `save_best_only`, ...
 
     Raises:
-        CheckpointError: on each process, if one cannot write or, in training, has too little room.
+        CheckpointError: on each process, if one cannot write or, in training, has too little room, or the folder has later
+            checkpoints; for an address such as gs://, which must be mounted as a folder.
         ImportError: without orbax-checkpoint.
         TypeError: if `directory` is no path.
 
@@ -47,42 +48,74 @@ class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
 
     def __init__(self, directory: str | os.PathLike[str], **kwargs: Any) -> None:
         _orbax()
-        folder = folder_path(directory, "directory")
+        folder = _folder(directory)
         with backend.together():
             writable_folder(folder)
         super().__init__(folder, **kwargs)
 
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
-        self._look_for_room()
+        self._check(step=None if self.save_freq == "epoch" else int(self.model.optimizer.iterations) + 1)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        if self.save_freq == "epoch":
+            self._check(step=epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.save_freq == "epoch":
-            self._look_for_room()
+            self._check()
         super().on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.wait_until_finished()
+        with backend.together():
+            self.checkpointer.wait()
         super().on_train_end(logs)
 
-    def _look_for_room(self) -> None:
-        variables = [*self.model.variables, *self.model.optimizer.variables]
+    def _check(self, step: int | None = None) -> None:
+        """That there is room, and no checkpoint of this step or a later one, which Orbax would not write."""
+        groups = _variables(self.model).values()
         with backend.together():
-            writable_folder(self.directory, sum(map(_own_bytes, variables)))
+            writable_folder(self.directory, sum(_bytes(variable) for group in groups for variable in group))
+            later = [other for other in _steps(self.directory) if step is not None and other >= step]
+            if later:
+                raise CheckpointError(
+                    f"{self.directory!r} has checkpoints of step {step} or later ({', '.join(map(str, later))}), so that what is "
+                    "trained now would not be saved. Go on from the last (`restore_checkpoint`, and `initial_epoch` of `fit`), "
+                    "remove them, or choose another folder."
+                )
 
 
-def _own_bytes(variable: keras.Variable) -> int:
-    """What this process's devices hold of a variable."""
-    region = backend.own_region(variable) or tuple(slice(0, size) for size in variable.shape)
+def _bytes(variable: keras.Variable) -> int:
     bits = _BITS.get(keras.backend.standardize_dtype(variable.dtype), 32)
-    return math.prod(part.stop - part.start for part in region) * bits // 8
+    return math.prod(variable.shape) * bits // 8
+
+
+def state_tree(model: Any, value_format: str) -> dict[str, Any]:
+    """Keras's tree of what training changes, and of frozen weights beside it; of a `Distiller` the student's.
+
+    Args:
+        model: compiled.
+        value_format: "backend_tensor" or "numpy_array", as `keras.Model.get_state_tree` takes it.
+    """
+    if value_format not in ("backend_tensor", "numpy_array"):
+        raise ValueError(f"`value_format` must be 'backend_tensor' or 'numpy_array'. Received: {value_format!r}.")
+    groups = {**_variables(model), "metrics_variables": model.metrics_variables}
+    take = (lambda v: v.value) if value_format == "backend_tensor" else (lambda v: v.numpy())
+    return {name: _nested({variable.path: take(variable) for variable in group}) for name, group in groups.items()}
+
+
+def _variables(model: Any) -> dict[str, list[keras.Variable]]:
+    """What is saved, but for metrics."""
+    trained = getattr(model, "student", model)
+    return dict(zip(GROUPS, (trained.trainable_variables, trained.non_trainable_variables, model.optimizer.variables)))
 
 
 def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int | None = None) -> int:
     """Puts a model and its optimizer back as `RunCheckpoint`, or `keras.callbacks.OrbaxCheckpoint`, has saved them.
 
-    The mesh may be another one than that of the run, or none: each device reads its own part. The model must have the adapters it
-    had, and be compiled with an optimizer of the same kind. Of several processes all must call it.
+    The mesh may be another one than that of the run, or none: each device reads its own part, and holds it twice meanwhile. The
+    model must have the adapters it had, and be compiled with an optimizer of the same kind. Of several processes all must call it.
 
     Args:
         model: a compiled `Gemma2CausalLM` or `Distiller`.
@@ -94,8 +127,8 @@ def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int 
 
     Raises:
         CheckpointError: if there is no checkpoint, or none of this step; if its variables are not this model's or its optimizer's.
-            Nothing is changed then. With several processes, on each if one fails.
-        ValueError: for a model that is not compiled.
+            With several processes on each, if one of them finds that. Nothing is changed then.
+        ValueError: for a model that is not compiled; with several processes, if they choose different checkpoints.
         ImportError: without orbax-checkpoint.
         TypeError: if `directory` is no path, or `step` no whole number.
 
@@ -104,7 +137,7 @@ def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int 
         >>> done = restore_checkpoint(lm, "/runs/a") + 1  # in a new process, on 4 devices instead of 8
         >>> lm.fit(texts, initial_epoch=done, epochs=5)
     """
-    folder = folder_path(directory, "directory")
+    folder = _folder(directory)
     if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
         raise TypeError(f"`step` must be a whole number or None. Received: {step!r}, of type {type(step).__name__}.")
     if getattr(model, "optimizer", None) is None:
@@ -113,7 +146,11 @@ def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int 
     with backend.together():
         step = _step(folder, step)
         where = os.path.join(folder, str(step))
+        backend.check_alike(f"step {step}", "restore the same checkpoint")
         stored = _stored(orbax, where)
+    if not model.optimizer.built:  # which several processes do with each other
+        model.optimizer.build(model.trainable_variables)
+    with backend.together():
         places = _matched(stored, model, where)
     leaves = {path: backend.stored_like(leaf, places.get(path)) for path, leaf in stored.items()}
     with _explained(where):
@@ -121,6 +158,12 @@ def restore_checkpoint(model: Any, directory: str | os.PathLike[str], step: int 
     for path, variable in places.items():
         variable.assign(found.pop(path))
     return step
+
+
+def _folder(directory: Any) -> str:
+    if isinstance(directory, str) and "://" in directory:
+        raise CheckpointError(f"`directory` must be a folder. Received: {directory!r}. Mount what is there (by gcsfuse, say).")
+    return folder_path(directory, "directory")
 
 
 def _orbax() -> Any:
@@ -135,12 +178,16 @@ def _step(folder: str, step: int | None) -> int:
     """The step asked for, or the last there is."""
     if not os.path.isdir(folder):
         raise MissingFileError(f"There is no folder {folder!r} to take a checkpoint from.")
-    steps = sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+    steps = _steps(folder)
     if not steps:
         raise MissingFileError(f"{folder!r} has no checkpoint that `keras.callbacks.OrbaxCheckpoint` has completed.")
     if step is not None and step not in steps:
         raise MissingFileError(f"{folder!r} has no checkpoint of step {step}. There are: {', '.join(map(str, steps))}.")
     return steps[-1] if step is None else step
+
+
+def _steps(folder: str) -> list[int]:
+    return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
 
 
 def _stored(orbax: Any, where: str) -> dict[str, Any]:
@@ -158,10 +205,7 @@ def _stored(orbax: Any, where: str) -> dict[str, Any]:
 
 def _matched(stored: Mapping[str, Any], model: Any, where: str) -> dict[str, keras.Variable]:
     """The model's variables by the paths that theirs have in a checkpoint; refuses one of other variables."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    groups = model.trainable_variables, model.non_trainable_variables, model.optimizer.variables
-    own = {f"{name}/{variable.path}": variable for name, group in zip(GROUPS, groups) for variable in group}
+    own = {f"{name}/{variable.path}": variable for name, group in _variables(model).items() for variable in group}
     own_paths, their_paths = _by_rank(own), _by_rank(path for path in stored if path.partition("/")[0] in GROUPS and "/" in path)
     odd = []
     for key in sorted(own_paths.keys() | their_paths.keys()):
