@@ -61,6 +61,7 @@ if "SPREAD_FAULTS" in os.environ:
 
 with make_distribution("fully_sharded_tensor_parallel", batch=int(batch), model=int(model)).scope():
     # What is imported on the way is read once. Nothing has set a seed here: what is drawn must be the same all the same.
+    Gemma2CausalLM.from_preset(f"{folder}/int8", preprocessor=None)
     Gemma2CausalLM.from_preset(f"{folder}/start", preprocessor=None).enable_lora(2)
     found = {}
     for name in ("int8", "start"):

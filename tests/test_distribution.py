@@ -43,10 +43,9 @@ def test_meshes_give_what_one_device_gives(heads):
 
 
 def test_fully_sharded_and_adapters():
-    meshes = [[8, 1], [2, 4]]
     sharded, adapters = asked(
-        ("equality", 4, "float32", "fully_sharded_tensor_parallel", meshes),
-        ("equality", 4, "float32", "fully_sharded_tensor_parallel", meshes[1:], True),
+        ("equality", 4, "float32", "fully_sharded", [[8, 1]]),
+        ("equality", 4, "float32", "fully_sharded_tensor_parallel", [[2, 4]], True),
     )
     check_equal(sharded)
     check_equal(adapters)
