@@ -25,9 +25,9 @@ class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
     """`keras.callbacks.OrbaxCheckpoint`, which saves model, optimizer and seeds, each process its own part; but errors are told.
 
     When training begins and before each epoch's save every process looks whether it can write and has room: if one has not, all
-    raise, before anything is written. (A process that fails while it writes leaves the others waiting for Orbax.) An epoch that
-    would not be saved, as the folder has it or a later one already, is refused before it begins. And a save that has failed in the
-    background raises at the end of training, where Keras's callback says nothing. What was saved before stays.
+    raise, before anything is written. (A process that fails while it writes leaves the others waiting until Orbax gives up.) An
+    epoch that would not be saved, as the folder has it or a later one already, is refused before it begins. And a save that has
+    failed in the background raises at the end of training, where Keras's callback says nothing. What was saved before stays.
 
     Frozen weights are saved, too, but for a `Distiller`'s teacher. With PyTorch or TensorFlow in several processes give it to one.
 
@@ -171,6 +171,8 @@ def _orbax() -> Any:
         import orbax.checkpoint
     except ImportError as error:
         raise ImportError("Checkpoints of a run need orbax-checkpoint: pip install orbax-checkpoint") from error
+    if not hasattr(orbax.checkpoint, "v1"):  # which Keras uses
+        raise ImportError("Checkpoints of a run need a newer orbax-checkpoint: pip install --upgrade orbax-checkpoint")
     return orbax.checkpoint.v1
 
 
