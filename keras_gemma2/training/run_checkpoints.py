@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +13,9 @@ import keras
 from keras_gemma2 import backend
 from keras_gemma2.errors import CheckpointError, MissingFileError
 from keras_gemma2.staging import folder_path, writable_folder
+from keras_gemma2.training.stop_on_nan import variable_bytes
 
 GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables")  # of Keras's tree; metrics begin anew
-_BITS = {"float64": 64, "int64": 64, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "bool": 8}  # others have 32
 _MOST_NAMED = 3  # differences in an error
 _NUMBERED = re.compile(r"(.*?)(?:_(\d+))?")
 
@@ -55,7 +54,8 @@ class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
 
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
-        self._check(step=None if self.save_freq == "epoch" else int(self.model.optimizer.iterations) + 1)
+        if self.save_freq != "epoch":
+            self._check(step=int(self.model.optimizer.iterations) + 1)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_begin(epoch, logs)
@@ -76,7 +76,7 @@ class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
         """That there is room, and no checkpoint of this step or a later one, which Orbax would not write."""
         groups = _variables(self.model).values()
         with backend.together():
-            writable_folder(self.directory, sum(_bytes(variable) for group in groups for variable in group))
+            writable_folder(self.directory, sum(variable_bytes(variable) for group in groups for variable in group))
             later = [other for other in _steps(self.directory) if step is not None and other >= step]
             if later:
                 raise CheckpointError(
@@ -84,11 +84,6 @@ class RunCheckpoint(keras.callbacks.OrbaxCheckpoint):
                     "trained now would not be saved. Go on from the last (`restore_checkpoint`, and `initial_epoch` of `fit`), "
                     "remove them, or choose another folder."
                 )
-
-
-def _bytes(variable: keras.Variable) -> int:
-    bits = _BITS.get(keras.backend.standardize_dtype(variable.dtype), 32)
-    return math.prod(variable.shape) * bits // 8
 
 
 def state_tree(model: Any, value_format: str) -> dict[str, Any]:

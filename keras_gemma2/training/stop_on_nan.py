@@ -55,7 +55,7 @@ class StopOnNaN(keras.callbacks.Callback):
         self._forget()
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
-        self._keeps = sum(_size(v) for v in self._variables()) <= self.kept_bytes
+        self._keeps = sum(variable_bytes(v) for v in self._variables()) <= self.kept_bytes
         self._copy_values(step=0)
         self._good, self._candidate = self._candidate, None
 
@@ -133,6 +133,7 @@ class StopOnNaN(keras.callbacks.Callback):
         return said + "Lower the learning rate, clip gradients (`clipnorm` of the optimizer), or look at the data of that batch."
 
 
-def _size(variable: Any) -> int:
+def variable_bytes(variable: Any) -> int:
+    """What a variable's values take, on all devices together."""
     bits = {"float64": 64, "int64": 64, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8, "bool": 8}
     return int(np.prod(variable.shape)) * bits.get(keras.backend.standardize_dtype(variable.dtype), 32) // 8
